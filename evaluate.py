@@ -1,0 +1,342 @@
+"""Measure trained SAEs: reconstruction, dead latents, geometry, and which features recur across seeds.
+
+    python evaluate.py seeds runs/mnist                         every run in the folder, grouped by configuration
+    python evaluate.py seeds a_seed0 a_seed1 --json shared.json   these two; table, JSON and two pictures
+
+A run is a folder that train_mnist.py or train_pythia.py wrote, or anyone's in the format of SAELens or of
+dictionary_learning. A reading order: `quality`, then `match_pair` (two SAEs), then `sharedness` (many).
+
+Dead features: a latent whose encoder column or decoder row has norm zero has no direction, and matches
+nothing. So every share is given twice: over all d_sae features, and over those alive (by weight) alone.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from sae import SAE, UsageError, make_folder, read_json, replacing, run_command, write_json
+
+DEAD_NORM = 1e-6  # a norm below this share of the largest is zero: pruned weights end there, others stay far above
+
+
+# ---------------------------------------------------------------------------------------------------
+# Quality of one SAE
+
+
+@torch.no_grad()
+def alive_by_weight(sae):
+    """[d_sae] bool: latents whose encoder column and decoder row both have a norm above zero."""
+    norms = torch.stack([sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)])
+    return (norms > DEAD_NORM * norms.amax(1, keepdim=True)).all(0)
+
+
+@torch.no_grad()
+def quality(sae, batches):
+    """What an SAE in eval mode does to held-out data: a dict for quality.json, and mean acts [d_sae].
+
+    `batches` is an iterable of x [B, d_in]. recon: squared error per input and dimension. fve: fraction of
+    variance explained. l0: latents on per input. Dead by weight: norm zero; dead by use: never on here.
+    """
+    inputs, error, l0 = 0, 0.0, 0.0
+    total, total_square = torch.zeros(2, sae.d_in, dtype=torch.float64)
+    act_sum, fired = torch.zeros(sae.d_sae, dtype=torch.float64), torch.zeros(sae.d_sae, dtype=torch.bool)
+    for x in batches:
+        acts = sae.encode(x)
+        error += (sae.decode(acts) - x).double().square().sum().item()
+        total += x.double().sum(0).cpu()
+        total_square += x.double().square().sum(0).cpu()
+        l0 += (acts > 0).sum().item()
+        act_sum += acts.sum(0).double().cpu()
+        fired |= (acts > 0).any(0).cpu()
+        inputs += len(x)
+    variance = (total_square - total.square() / inputs).sum().item()
+    alive, used = alive_by_weight(sae).sum().item(), fired.sum().item()
+    result = {"inputs": inputs, "recon": error / inputs / sae.d_in, "fve": 1 - error / variance, "l0": l0 / inputs}
+    result |= {"alive_by_weight": alive, "dead_by_weight": sae.d_sae - alive}
+    result |= {"alive_by_use": used, "dead_by_use": sae.d_sae - used}
+    return result | geometry(sae), act_sum / inputs
+
+
+@torch.no_grad()
+def geometry(sae):
+    """Cosine of a feature's own encoder and decoder; off-diagonal |cosine| of decoder rows. Alive features only."""
+    alive = alive_by_weight(sae)
+    decoder, encoder = unit_rows(sae.W_dec[alive]), unit_rows(sae.W_enc.T[alive])
+    own = (decoder * encoder).sum(1)
+    result = {"enc_dec_cos": {"mean": own.mean().item(), "median": own.median().item()} if len(own) else None}
+    if len(decoder) < 2:
+        return result | {"decoder_cos": None}
+    # All pairs as a histogram of 10,000 bins, block by block: at d_sae = 16,384 there are 134 million of them.
+    counts, largest = torch.zeros(10_000, dtype=torch.float64), 0.0
+    for start in range(0, len(decoder), 1024):
+        cos = (decoder[start : start + 1024] @ decoder[start:].T).abs().clamp(max=1)
+        upper = cos[torch.ones_like(cos, dtype=torch.bool).triu(1)].cpu()
+        if len(upper):
+            counts += torch.histc(upper, 10_000, 0, 1).double()
+            largest = max(largest, upper.max().item())
+    middles = (np.arange(10_000) + 0.5) / 10_000
+    share = (counts.cumsum(0) / counts.sum()).numpy()
+    quantile = {name: middles[np.searchsorted(share, q)] for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    mean = float((counts.numpy() * middles).sum() / counts.sum())
+    return result | {"decoder_cos": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": largest}}
+
+
+def unit_rows(W):
+    return W / W.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which features recur across seeds
+
+
+@torch.no_grad()
+def match_pair(a, b, threshold=0.7):
+    """Compare the features of two SAEs of one shape by |cosine|, for decoder and encoder.
+
+    Returns a dict of figures, each over all features and over those alive, both directions averaged:
+    mean_max_cos (mean of the best match), paired (share whose best match exceeds the threshold), shared (share
+    whose one-to-one partner by Hungarian matching is the same for decoder and encoder, both cosines above the
+    threshold); the shared partner in b of each feature of a, [d_sae] int, -1 for none; and the best decoder
+    matches of the features alive in a, then in b.
+    """
+    if (a.d_in, a.d_sae) != (b.d_in, b.d_sae):
+        shapes = f"d_in {a.d_in}, d_sae {a.d_sae} and d_in {b.d_in}, d_sae {b.d_sae}"
+        raise UsageError(f"SAEs of different shapes cannot be matched: {shapes}")
+    alive_a, alive_b = (alive_by_weight(sae).nonzero().flatten().numpy() for sae in (a, b))
+    counts, figures, matches, best_decoder = (len(alive_a), len(alive_b)), {}, {}, []
+    for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", lambda sae: sae.W_enc.T)):
+        cos = (unit_rows(weights(a)[alive_a]) @ unit_rows(weights(b)[alive_b]).T).abs().numpy()
+        best = [cos.max(axis, initial=0) for axis in (1, 0)]  # of each feature of a, of each feature of b
+        best_decoder = best_decoder or best
+        sums = [x.sum(dtype=np.float64) for x in best], [(x > threshold).sum() for x in best]
+        for figure, totals in zip(("mean_max_cos", "paired"), sums):
+            figures[f"{figure}_{name}"], figures[f"{figure}_{name}_alive"] = shares(totals, counts, a.d_sae)
+        rows, columns = linear_sum_assignment(cos, maximize=True)
+        matches[name] = {(i, j) for i, j in zip(rows, columns) if cos[i, j] > threshold}
+    partner = np.full(a.d_sae, -1)
+    for i, j in matches["dec"] & matches["enc"]:
+        partner[alive_a[i]] = alive_b[j]
+    both = (partner >= 0).sum()
+    figures["shared"], figures["shared_alive"] = shares([both, both], counts, a.d_sae)
+    return figures, partner, np.concatenate(best_decoder)
+
+
+def shares(totals, alive, d_sae):
+    """Means of a's and b's totals over all features and over those alive: (total_a / n_a + total_b / n_b) / 2."""
+    over_all = sum(totals) / 2 / d_sae
+    over_alive = sum(total / max(n, 1) for total, n in zip(totals, alive)) / 2
+    return float(over_all), float(over_alive)
+
+
+def sharedness(partner, n_seeds):
+    """How far each feature of each seed recurs: int [n_seeds, d_sae], 2 always, 1 sometimes, 0 never shared.
+
+    `partner[a, b]` is match_pair's partner array, for a < b. Always shared is a closed circle: feature i of
+    seed a has a partner in every other seed, and those are each other's partners too. (Counting rows of each
+    pair's first SAE instead mixes the indices of two SAEs as soon as there is a pair without seed 0.)
+    """
+    partner = dict(partner)
+    for a, b in itertools.combinations(range(n_seeds), 2):
+        inverse = np.full_like(partner[a, b], -1)
+        (i,) = np.nonzero(partner[a, b] >= 0)
+        inverse[partner[a, b][i]] = i
+        partner[b, a] = inverse
+    classes = []
+    for a in range(n_seeds):
+        others = [b for b in range(n_seeds) if b != a]
+        found = np.stack([partner[a, b] >= 0 for b in others])
+        closed = found.all(0)
+        for b, c in itertools.combinations(others, 2):
+            closed &= partner[b, c][partner[a, b]] == partner[a, c]  # index -1 is masked by `found`
+        classes.append(np.where(closed, 2, np.where(found.any(0), 1, 0)))
+    return np.stack(classes)
+
+
+def consistency(saes, seeds, threshold=0.7, progress=None):
+    """All pairs of seeds of one configuration: a dict as in the JSON file, and the pairs' best decoder matches."""
+    pairs, partner, best = [], {}, []
+    for a, b in itertools.combinations(range(len(saes)), 2):
+        figures, partner[a, b], best_ab = match_pair(saes[a], saes[b], threshold)
+        pairs.append({"seeds": [seeds[a], seeds[b]]} | figures)
+        best.append(best_ab)
+        if progress is not None:
+            progress.update()
+    classes = sharedness(partner, len(saes))
+    alive = np.stack([alive_by_weight(sae).numpy() for sae in saes])
+    result = {"seeds": list(seeds), "alive": alive.sum(1).tolist(), "d_sae": saes[0].d_sae, "pairs": pairs}
+    for value, name in ((2, "always"), (1, "sometimes"), (0, "never")):
+        of_alive = [((row == value) & a).sum() / max(a.sum(), 1) for row, a in zip(classes, alive)]
+        result[f"{name}_shared"] = float((classes == value).mean())
+        result[f"{name}_shared_alive"] = float(np.mean(of_alive))
+    return result, best
+
+
+# ---------------------------------------------------------------------------------------------------
+# Finding and grouping runs
+
+
+def find_runs(paths):
+    """The run folders that the paths name: each a run, or a folder of runs. Plain files (pictures) are passed over."""
+    runs = []
+    for path in map(Path, paths):
+        if path.is_file():
+            continue
+        inside = sorted(p for p in path.glob("*") if (p / "cfg.json").exists() or (p / "ae.pt").exists())
+        runs += inside or [path]  # a path without any SAE is for SAE.load to complain about
+    return list(dict.fromkeys(runs))
+
+
+def load_groups(folders, seed_flags=("seed", "data_seed")):
+    """Load runs and group those that differ in their seed alone: {label: (config, seeds, saes)}.
+
+    The configuration is that of hparams.json; in a folder that somebody else wrote, architecture, shape and
+    penalties. The seed is that of hparams.json, of the metadata, or else the position in the order given.
+    """
+    groups = {}
+    for folder in folders:
+        sae = SAE.load(folder)
+        seed = sae.metadata.get("seed")
+        if (folder / "hparams.json").exists():
+            hparams = read_json(folder / "hparams.json").get("hparams", {})
+            config = {name: value for name, value in hparams.items() if name not in seed_flags}
+        else:
+            config = {"arch": sae.arch, "k": sae.k, "d_in": sae.d_in, "d_sae": sae.d_sae}
+            config |= {name: sae.metadata[name] for name in ("l1", "l2") if name in sae.metadata}
+        label = re.sub(r"_(data-)?seed-?\d+", "", folder.resolve().name)
+        key = json.dumps(config, sort_keys=True)
+        group = groups.setdefault(key, {"label": label, "config": config, "seeds": [], "saes": [], "folders": []})
+        group["seeds"].append(seed)
+        group["saes"].append(sae)
+        group["folders"].append(folder)
+    for group in groups.values():
+        if None in group["seeds"] or len(set(group["seeds"])) < len(group["seeds"]):
+            group["seeds"] = list(range(len(group["seeds"])))
+    return list(groups.values())
+
+
+def compare_seeds(folders, threshold=0.7):
+    """Consistency of every configuration among the run folders that has two seeds or more: a list of dicts,
+    each with label, config, folders, saes, the figures of `consistency`, and the best matches. Raises UsageError."""
+    groups = load_groups(folders)
+    alone = [group for group in groups if len(group["saes"]) < 2]
+    groups = [group for group in groups if len(group["saes"]) >= 2]
+    if not groups:
+        found = "; ".join(f"{g['folders'][0]} (d_in {g['saes'][0].d_in}, d_sae {g['saes'][0].d_sae})" for g in alone)
+        raise UsageError(f"RUN...: no two SAEs of one configuration and shape, which seeds need; found {found}")
+    for group in alone:
+        print(f"note: {group['folders'][0]} is left out, one seed of its configuration", file=sys.stderr)
+    n_pairs = sum(len(g["saes"]) * (len(g["saes"]) - 1) // 2 for g in groups)
+    with tqdm(total=n_pairs, desc="matching seeds", unit="pair") as progress:
+        for group in groups:
+            figures, best = consistency(group["saes"], group["seeds"], threshold, progress)
+            group |= {"figures": figures, "best": best}
+    return groups
+
+
+def consistency_table(groups):
+    """The table of the README: one line a configuration, means over its pairs of seeds, `all (alive)`."""
+    columns = ("mean_max_cos_dec", "mean_max_cos_enc", "paired_dec", "paired_enc", "shared")
+    titles = ("configuration", "seeds", "alive", "max cos dec", "max cos enc", "paired dec", "paired enc", "shared")
+    lines = [(*titles, "always shared")]
+    for group in groups:
+        figures = group["figures"]
+        cells = [group["label"], len(figures["seeds"]), f"{np.mean(figures['alive']):.0f}/{figures['d_sae']}"]
+        for name in columns:
+            over = [np.mean([pair[name + suffix] for pair in figures["pairs"]]) for suffix in ("", "_alive")]
+            cells.append(f"{over[0]:.3f} ({over[1]:.3f})")
+        cells.append(f"{figures['always_shared']:.3f} ({figures['always_shared_alive']:.3f})")
+        lines.append(tuple(map(str, cells)))
+    lines.insert(1, tuple("---" for _ in titles) + ("---",))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def write_consistency(groups, path):
+    """The JSON file, and the two pictures beside it."""
+    path = Path(path)
+    make_folder(path.parent)
+    write_json(path, {"groups": [{"label": g["label"], "config": g["config"]} | g["figures"] for g in groups]})
+    save_figure(plot_shares(groups), path.with_name(path.stem + "_shares.png"))
+    save_figure(plot_best_matches(groups), path.with_name(path.stem + "_cosines.png"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def save_figure(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
+def plot_shares(groups):
+    """Consistency by configuration: bars are means over pairs of seeds, dots the pairs themselves."""
+    panels = (("mean_max_cos_dec_alive", "mean max cosine\n(decoder, alive)"), ("shared", "shared\n(all features)"))
+    panels += (("shared_alive", "shared\n(alive features)"),)
+    figure = Figure(figsize=(7, 1.6 + 0.5 * len(groups)))
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (name, title) in zip(axes, panels):
+        for row, group in enumerate(groups):
+            values = [pair[name] for pair in group["figures"]["pairs"]]
+            axis.barh(row, np.mean(values), color=f"C{row % 10}", alpha=0.5)
+            axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
+            axis.text(0.98, row, f"{np.mean(values):.3f}", ha="right", va="center", fontsize=10)
+        axis.set(title=title, xlim=(0, 1), xticks=(0, 0.5, 1))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(groups)), [group["label"].replace("_", "\n", 2) for group in groups], fontsize=9)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def plot_best_matches(groups):
+    """How well the features of one seed are found in another: the distribution of best decoder cosines."""
+    figure = Figure(figsize=(7, 4.5))
+    axis = figure.subplots()
+    for row, group in enumerate(groups):
+        values = np.concatenate(group["best"])
+        axis.hist(values, bins=np.linspace(0, 1, 51), density=True, histtype="step", linewidth=2, color=f"C{row % 10}")
+        axis.plot([], [], color=f"C{row % 10}", linewidth=2, label=f"{group['label']} ({len(values):,} features)")
+    axis.axvline(0.7, color="gray", linestyle=":")
+    axis.set(xlabel="|cosine| with the best match in another seed (decoder, alive)", ylabel="density", xlim=(0, 1))
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    seeds = commands.add_parser("seeds", help="consistency of features across seeds, grouped by configuration")
+    seeds.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
+    seeds.add_argument("--threshold", type=float, default=0.7, help="cosine from which features are the same")
+    seeds.add_argument("--json", metavar="FILE", help="write the figures here, and two pictures beside it")
+    args = parser.parse_args(argv)
+    if not 0 < args.threshold < 1:
+        raise UsageError(f"--threshold {args.threshold}: a cosine between 0 and 1, such as 0.7")
+    groups = compare_seeds(find_runs(args.runs), args.threshold)
+    print(consistency_table(groups))
+    if args.json:
+        write_consistency(groups, args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)

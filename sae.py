@@ -1,0 +1,692 @@
+"""Sparse autoencoders (SAEs) with weight regularization: every architecture, penalty and training step.
+
+After "Stable and Steerable Sparse Autoencoders with Weight Regularization" (arXiv:2603.04198). An SAE
+explains an activation x by a few of many features. Train two from different seeds and they find
+different features, unless an L1 or L2 penalty on the weights makes the same ones recur. This file is
+the whole method; read it from top to bottom. train_mnist.py and train_pythia.py feed it data.
+
+    hp = Hparams(arch="topk", d_in=512, d_sae=16_384, k=40, l2=1e-4, steps=24_000)
+    trainer = Trainer(hp, first_batch, device="cuda")
+    for x in batches:                       # x [B, d_in]
+        trainer.train_step(x)
+    trainer.sae.save("runs/mine")           # opens in SAELens; SAE.load("runs/mine") reads it back
+
+Notation, as in the paper: d_in the width of the input, d_sae the number of latents (features), B the batch.
+
+    pre_acts = (x - b_dec) @ W_enc + b_enc     [B, d_sae]    W_enc [d_in, d_sae], b_enc [d_sae]
+    acts     = activation(pre_acts)            [B, d_sae]    few are not zero
+    x_hat    = acts @ W_dec + b_dec            [B, d_in]     W_dec [d_sae, d_in], b_dec [d_in]
+
+Feature i is the encoder column W_enc[:, i] and the decoder row W_dec[i].
+"""
+
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ARCHS = ("relu", "topk", "batchtopk", "matryoshka")
+L1_FORMS = ("sum", "mean")
+L2_FORMS = ("squares", "norms")
+LOG_EVERY = 100  # steps between two lines of metrics.jsonl; the only steps that wait for the device
+
+
+class UsageError(Exception):
+    """The command line, or a file it names, cannot work: exit status 2, nothing written."""
+
+
+class RunError(Exception):
+    """A run broke (loss not finite, disk full, interrupted): exit status 1, finished work is intact."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hyperparameters. The defaults are the study's for Pythia-70M; train_mnist.py sets those for images.
+
+
+@dataclass
+class Hparams:
+    """Everything that decides how one SAE turns out. Raises UsageError where the values cannot work."""
+
+    arch: str = "topk"  # one of ARCHS
+    d_in: int = 512
+    d_sae: int = 16_384
+    k: int = 40  # active latents per input; for batchtopk and matryoshka the mean over a batch; unused by relu
+    sparsity: float = 0.0  # weight of the L1 norm of acts; relu only, where nothing else makes acts sparse
+    l1: float = 0.0  # weight of the L1 penalty on the weights
+    l2: float = 0.0  # weight of the L2 penalty on the weights
+    l1_form: str = "sum"  # see weight_penalty
+    l2_form: str = "squares"  # see weight_penalty
+    tied_init: bool = True  # encoder starts as the decoder's transpose; else each is drawn by itself
+    unit_norm: bool = False  # decoder rows are kept at norm 1
+    biases: bool = True  # train b_enc and b_dec; else both stay 0
+    reduction: str = "sum"  # errors are summed over d_in ("sum", Pythia) or averaged over it ("mean", MNIST)
+    aux: float = 1 / 32  # weight of the auxiliary loss, TopK family only
+    dead_after: int = 10_000_000  # a latent that has not fired for so many inputs counts as dead
+    lr: float = 5e-5  # Adam, betas (0.9, 0.999)
+    batch_size: int = 2048
+    steps: int = 24_414  # 50M tokens
+    warmup: int = 1000  # steps of linear warm-up from 0
+    decay: float = 0.2  # the last share of the steps, over which lr falls linearly to 0
+    clip: float = 1.0  # largest norm of the whole gradient; 0 for no clipping
+    k_anneal: float = 0.01  # the first share of the steps, over which k falls linearly from d_in to k
+    threshold_start: int = 1000  # first step of the running mean that becomes the inference threshold
+    seed: int = 0  # initialisation
+    data_seed: int = 0  # order of the data
+    data: str = ""  # what was trained on, in a word
+    dtype: str = "auto"  # matrix products: float32, bfloat16 (autocast), or bfloat16 where the hardware has it
+
+    def __post_init__(self):
+        choices = {"arch": ARCHS, "l1_form": L1_FORMS, "l2_form": L2_FORMS, "reduction": ("sum", "mean")}
+        choices["dtype"] = ("auto", "float32", "bfloat16")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: choose from {', '.join(allowed)}")
+        for name in ("d_in", "d_sae", "batch_size", "steps", "lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
+        for name in ("sparsity", "l1", "l2", "aux", "clip", "warmup", "dead_after", "data_seed", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: give 0 or a number above it")
+        for name in ("decay", "k_anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: a share of the steps, from 0 to 1")
+        if self.arch != "relu" and not 1 <= self.k <= self.d_sae:
+            raise UsageError(f"--k {self.k}: give a number from 1 to --d-sae, which is {self.d_sae}")
+        if self.arch == "matryoshka" and self.d_sae < 32:
+            raise UsageError(f"--d-sae {self.d_sae}: matryoshka's smallest group is 1/32 of it, so give at least 32")
+
+
+def flag(name):
+    """The command-line flag of a hyperparameter: d_sae -> --d-sae."""
+    return "--" + name.replace("_", "-")
+
+
+def run_name(hp, defaults):
+    """Name a run folder by what differs: `topk_k40_l2-0.0001_seed0`.
+
+    Architecture, k, l2 and seed always show; any other setting where it is not what `defaults` says.
+    """
+    parts = [hp.arch] + ([f"k{hp.k}"] if hp.arch != "relu" else []) + [f"l2-{hp.l2:g}"]
+    for field in fields(hp):
+        value = getattr(hp, field.name)
+        if field.name in ("arch", "k", "l2", "seed", "d_in") or value == getattr(defaults, field.name):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(field.name.replace("_", "-") + ("" if value is True else f"-{text}"))
+    return "_".join([*parts, f"seed{hp.seed}"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Activation rules: what makes an architecture. Each maps pre_acts [B, d_sae] to acts of the same shape.
+
+
+def topk(pre_acts, k):
+    """Keep the k largest of each row, where positive; zero the rest."""
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
+
+
+def batchtopk(pre_acts, k):
+    """Keep the k * B largest of the whole batch, so that an input may use more latents than another."""
+    return topk(pre_acts.flatten(), k * len(pre_acts)).view_as(pre_acts)
+
+
+def jumprelu(pre_acts, threshold):
+    """Keep what exceeds the threshold [d_sae]: batchtopk for an input that comes without a batch."""
+    return pre_acts.relu() * (pre_acts > threshold)
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder. `arch` picks the activation rule, and for matryoshka the nested prefixes.
+
+    In train mode batchtopk and matryoshka select over the batch; in eval mode each latent is compared with
+    `threshold`, so that what an input activates does not depend on its neighbours. An `arch` of
+    "jumprelu" is what a SAELens file of either is called; such an SAE can be used, not trained.
+    """
+
+    def __init__(self, d_in, d_sae, arch="topk", k=0):
+        super().__init__()
+        self.d_in, self.d_sae, self.arch, self.k = d_in, d_sae, arch, k
+        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", torch.zeros(d_sae))
+        self.metadata = {}  # of a loaded SAE: where it came from
+        # Matryoshka: nested dictionaries of 1/32, 3/32, 7/32, 15/32 and all of the latents. Each prefix must
+        # reconstruct x by itself, so general features come first. Every other architecture has one group.
+        self.groups = [d_sae]
+        if arch == "matryoshka":
+            first = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]
+            self.groups = [*first, d_sae - sum(first)]
+
+    def pre_acts(self, x):
+        """[B, d_in] -> [B, d_sae]"""
+        # Equal to (x - b_dec) @ W_enc + b_enc. The last term is zero; it is there for b_dec's gradient, which
+        # is then a product of a vector with W_enc. Through x - b_dec it would cost a product over the batch.
+        b_dec = self.b_dec.detach()
+        return (x - b_dec) @ self.W_enc + (self.b_enc + (b_dec - self.b_dec) @ self.W_enc)
+
+    def activate(self, pre_acts, k):
+        if self.arch == "relu":
+            return pre_acts.relu()
+        if self.arch == "topk":
+            return topk(pre_acts, k)
+        if self.training and self.arch != "jumprelu":
+            return batchtopk(pre_acts, k)
+        return jumprelu(pre_acts, self.threshold)
+
+    def encode(self, x):
+        """[B, d_in] -> acts [B, d_sae]"""
+        return self.activate(self.pre_acts(x), self.k)
+
+    def prefixes(self, acts):
+        """The reconstructions [B, d_in] by each nested prefix of the latents, the last being x_hat."""
+        if len(self.groups) == 1:
+            return [self.decode(acts)]
+        x_hat, reconstructions = self.b_dec, []
+        for group_acts, group_W_dec in zip(acts.split(self.groups, dim=-1), self.W_dec.split(self.groups)):
+            x_hat = x_hat + group_acts @ group_W_dec
+            reconstructions.append(x_hat)
+        return reconstructions
+
+    def decode(self, acts):
+        """acts [B, d_sae] -> x_hat [B, d_in]"""
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def save(self, folder, metadata=None):
+        """Write `folder` as a SAELens SAE: cfg.json and sae_weights.safetensors, float32, on raw activations."""
+        folder = make_folder(folder)
+        jump = self.arch in ("batchtopk", "matryoshka", "jumprelu")
+        names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * jump
+        tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in names}
+        cfg = {"architecture": "jumprelu" if jump else {"relu": "standard"}.get(self.arch, self.arch)}
+        if self.arch == "topk":
+            cfg |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        cfg |= {"d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32", "device": "cpu"}
+        cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+        # SAELens drops all metadata of a file that does not claim to be of its version 6
+        cfg["metadata"] = {"sae_lens_version": "6.0.0", "arch": self.arch, "k": self.k} | (metadata or {})
+        with replacing(folder / "sae_weights.safetensors") as path:
+            save_file(tensors, path)
+        write_json(folder / "cfg.json", cfg)
+
+    @staticmethod
+    def load(folder):
+        """Read an SAE from a SAELens folder, or one of dictionary_learning. Raises UsageError. See `load`."""
+        return load(folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Initialisation
+
+
+@torch.no_grad()
+def initialise(sae, hp, first_batch):
+    """Draw the weights from hp.seed, on the CPU, so that every device starts alike."""
+    generator = torch.Generator().manual_seed(hp.seed)
+
+    def kaiming_uniform(fan_in, *shape):
+        bound = (6 / fan_in) ** 0.5  # gain of ReLU
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    W_dec = kaiming_uniform(hp.d_sae, hp.d_sae, hp.d_in)
+    if hp.tied_init:
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        W_enc = W_dec.T
+    else:
+        W_enc = kaiming_uniform(hp.d_in, hp.d_in, hp.d_sae)
+    sae.W_dec.copy_(W_dec)
+    sae.W_enc.copy_(W_enc)
+    if hp.unit_norm:
+        rescale_decoder(sae)
+    if hp.biases and hp.tied_init:
+        sae.b_dec.copy_(geometric_median(first_batch))
+
+
+def geometric_median(x, steps=100, tolerance=1e-5):
+    """The point [d_in] with the least summed distance to the rows of x [B, d_in], by Weiszfeld's iteration."""
+    median = x.mean(0)
+    for _ in range(steps):
+        weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp(min=1e-12)
+        previous, median = median, (weight * x).sum(0) / weight.sum()
+        if (median - previous).norm() < tolerance:
+            break
+    return median
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss: reconstruction + sparsity + l1 * P1(W_enc, W_dec) + l2 * P2(W_enc, W_dec) + auxiliary
+
+
+def weight_penalty(sae, l1, l2, l1_form="sum", l2_form="squares"):
+    """The paper's subject: l1 * P1 + l2 * P2 on encoder and decoder, never on biases. A scalar tensor.
+
+    P1 "sum": sum of absolute values (Pythia). "mean": mean of |W_enc| plus mean of |W_dec| (MNIST).
+    P2 "squares": sum of squares (the paper's formula). "norms": sum of the two Frobenius norms, not squared
+    (what the released MNIST notebook does with tied initialisation and unit norm).
+
+    It belongs to the loss and so passes through Adam; AdamW's decoupled weight decay is another thing.
+    """
+    weights, penalty = (sae.W_enc, sae.W_dec), sae.W_enc.new_zeros(())
+    if l1:
+        reduce = torch.sum if l1_form == "sum" else torch.mean
+        penalty = penalty + l1 * sum(reduce(W.abs()) for W in weights)
+    if l2:
+        penalty = penalty + l2 * sum((W * W).sum() if l2_form == "squares" else W.norm() for W in weights)
+    return penalty
+
+
+def squared_error(x_hat, x, reduction):
+    """Squared error, averaged over the batch, summed or averaged over d_in."""
+    error = (x_hat - x).square()
+    return error.sum(1).mean() if reduction == "sum" else error.mean()
+
+
+def auxiliary_loss(sae, pre_acts, residual, dead):
+    """Gao et al. 2024 (arXiv:2406.04093), A.2: dead latents reconstruct what the living ones left over.
+
+    Only the d_in / 2 strongest of the `dead` [d_sae] take part. The residual x - x_hat is a constant here, and
+    the error is measured in units of its variance.
+    """
+    candidates = torch.where(dead, pre_acts, 0)
+    reconstruction = topk(candidates, min(sae.d_in // 2, sae.d_sae)) @ sae.W_dec
+    variance = squared_error(residual.mean(0), residual, "sum")
+    return squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
+
+
+def total_loss(sae, hp, x, k, dead=None):
+    """The training loss on x [B, d_in]; `dead` [d_sae] marks the latents for the auxiliary loss, if any.
+
+    Returns the loss and, for the log, a dict of its parts with acts [B, d_sae] and x_hat [B, d_in].
+    """
+    pre_acts = sae.pre_acts(x)
+    acts = sae.activate(pre_acts, k)
+    prefixes = sae.prefixes(acts)
+    recon = sum(squared_error(x_hat, x, hp.reduction) for x_hat in prefixes) / len(prefixes)
+    penalty = weight_penalty(sae, hp.l1, hp.l2, hp.l1_form, hp.l2_form)
+    loss = recon + penalty
+    if hp.arch == "relu" and hp.sparsity:
+        loss = loss + hp.sparsity * (acts.sum(1).mean() if hp.reduction == "sum" else acts.mean())
+    if dead is not None:
+        loss = loss + hp.aux * auxiliary_loss(sae, pre_acts, (x - prefixes[-1]).detach(), dead)
+    return loss, {"recon": recon, "penalty": penalty, "acts": acts, "x_hat": prefixes[-1]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The training step
+
+
+@torch.no_grad()
+def rescale_decoder(sae):
+    """Put every decoder row back to norm 1."""
+    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def remove_parallel_gradient(sae):
+    """Drop from the decoder's gradient what would only change the norm of a unit row."""
+    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    sae.W_dec.grad -= (sae.W_dec.grad * unit).sum(1, keepdim=True) * unit
+
+
+def learning_rate(hp, step):
+    """Linear warm-up from 0, constant, linear decay to 0."""
+    warm = min(1.0, step / hp.warmup) if hp.warmup else 1.0
+    left = (hp.steps - step) / (hp.steps * hp.decay) if hp.decay else 1.0
+    return hp.lr * min(warm, left, 1.0)
+
+
+def annealed_k(hp, step):
+    """k at this step: from d_in down to hp.k over the first hp.k_anneal of the steps."""
+    share = min(1.0, step / (hp.steps * hp.k_anneal)) if hp.k_anneal else 1.0
+    return int(hp.k + (1 - share) * max(0, min(hp.d_in, hp.d_sae) - hp.k))
+
+
+def use_bfloat16(hp, device):
+    """Whether matrix products run in bfloat16: where asked, or where the hardware has units for it."""
+    if hp.dtype == "auto":
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return cuda or (device.type == "cpu" and "amx_bf16" in cpu_flags())
+    return hp.dtype == "bfloat16"
+
+
+def cpu_flags():
+    """The processor's instruction sets, where the system tells them (Linux)."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+class Trainer:
+    """One SAE in training: weights, Adam's moments, counters, metrics. Everything a checkpoint holds."""
+
+    def __init__(self, hp, first_batch, device="cpu"):
+        self.hp, self.device = hp, torch.device(device)
+        self.sae = SAE(hp.d_in, hp.d_sae, hp.arch, hp.k)
+        initialise(self.sae, hp, first_batch.cpu())
+        for bias in (self.sae.b_enc, self.sae.b_dec):
+            bias.requires_grad_(hp.biases)
+        self.sae.to(self.device).train()
+        trained = [p for p in self.sae.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=hp.lr, fused=True)
+        self.bfloat16 = use_bfloat16(hp, self.device)
+        self.step = 0
+        self.inputs_since_fired = torch.zeros(hp.d_sae, dtype=torch.long, device=self.device)
+        self.metrics = []  # the lines of metrics.jsonl
+
+    def train_step(self, x):
+        """One update on x [B, d_in], on the trainer's device. Raises RunError where the loss is not finite."""
+        hp, sae = self.hp, self.sae
+        self.optimizer.param_groups[0]["lr"] = learning_rate(hp, self.step)
+        # Whether any latent is dead is known on the device only; before dead_after inputs, none can be.
+        may_be_dead = hp.arch != "relu" and hp.aux and self.step * hp.batch_size >= hp.dead_after
+        dead = self.inputs_since_fired >= hp.dead_after if may_be_dead else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss, parts = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
+        loss.backward()
+        if hp.unit_norm and hp.arch != "relu":
+            remove_parallel_gradient(sae)
+        if hp.clip:
+            nn.utils.clip_grad_norm_(sae.parameters(), hp.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if hp.unit_norm:
+            rescale_decoder(sae)
+
+        acts = parts["acts"].detach()
+        self.inputs_since_fired += len(x)
+        self.inputs_since_fired.masked_fill_(acts.amax(0) > 0, 0)
+        if hp.arch in ("batchtopk", "matryoshka"):
+            self.update_threshold(acts)
+        self.step += 1
+        if self.step % LOG_EVERY == 0 or self.step == hp.steps:
+            self.log(x, loss, parts)
+
+    def update_threshold(self, acts):
+        """The smallest activation that batchtopk keeps, as a running mean (beta 0.999) from threshold_start on."""
+        start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need a threshold too
+        smallest = torch.where(acts > 0, acts, torch.inf).min().float()
+        smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)
+        if self.step >= start:
+            self.sae.threshold.lerp_(smallest.expand_as(self.sae.threshold), 1.0 if self.step == start else 0.001)
+
+    @torch.no_grad()
+    def log(self, x, loss, parts):
+        acts, error = parts["acts"], squared_error(parts["x_hat"], x, "mean")
+        row = {"step": self.step, "loss": loss.item(), "recon": parts["recon"].item()}
+        row["l0"] = (acts > 0).sum(1).float().mean().item()
+        row["fve"] = 1 - (error / x.var(0, unbiased=False).mean().clamp(min=1e-12)).item()
+        row["penalty"] = parts["penalty"].item()
+        row["dead"] = int((self.inputs_since_fired >= self.hp.dead_after).sum())
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.metrics.append(row)
+        self.check_finite(row["loss"])
+
+    def check_finite(self, loss=0.0):
+        """Raise RunError where the loss or a weight is not a finite number."""
+        weights = torch.stack([p.detach().isfinite().all() for p in self.sae.parameters()])
+        if not (torch.isfinite(torch.tensor(loss)) and weights.all()):
+            raise RunError(f"the loss is not finite at step {self.step}: lower --lr, --l1 or --l2")
+
+    def save_checkpoint(self, folder):
+        """Write everything that `resume` needs to go on as if nothing had happened."""
+        self.check_finite()  # or the same command would start from the ruins
+        state = {"hparams": asdict(self.hp), "step": self.step, "metrics": self.metrics}
+        state |= {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["inputs_since_fired"] = self.inputs_since_fired
+        with replacing(make_folder(folder) / "checkpoint.pt") as path:
+            torch.save(state, path)
+        self.write_metrics(folder)
+
+    def resume(self, folder):
+        """Go on from the checkpoint in `folder`, if there is one. Raises UsageError where it is unusable."""
+        path = Path(folder) / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["hparams"] != asdict(self.hp):
+                raise UsageError(f"{path} is of a run with {difference(state['hparams'], self.hp)}: delete it")
+            self.sae.load_state_dict(state["sae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.inputs_since_fired.copy_(state["inputs_since_fired"])
+            self.step, self.metrics = state["step"], state["metrics"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to start over") from None
+
+    def write_metrics(self, folder):
+        with replacing(Path(folder) / "metrics.jsonl") as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.metrics))
+
+    def finish(self, folder, metadata):
+        """Write the trained SAE. The run counts as complete once hparams.json says so, which comes last."""
+        self.check_finite()
+        self.sae.save(folder, metadata)
+        self.write_metrics(folder)
+        write_hparams(folder, self.hp, complete=True, bfloat16=self.bfloat16)
+        (Path(folder) / "checkpoint.pt").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def write_hparams(folder, hp, complete, bfloat16):
+    """hparams.json: the settings, whether training is complete, and what it ran on."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        commit = None
+    ran_on = {"python": platform.python_version(), "torch": torch.__version__, "git_commit": commit}
+    ran_on |= {"matrix_products": "bfloat16" if bfloat16 else "float32", "threads": torch.get_num_threads()}
+    write_json(make_folder(folder) / "hparams.json", {"hparams": asdict(hp), "complete": complete, "ran_on": ran_on})
+
+
+def is_complete(folder, hp):
+    """Whether `folder` holds the finished run of hp. Raises UsageError where it holds another one."""
+    path = Path(folder) / "hparams.json"
+    if not path.exists():
+        return False
+    found = read_json(path)
+    if found.get("hparams") != asdict(hp):
+        raise UsageError(
+            f"{folder} holds a run with {difference(found.get('hparams', {}), hp)}: "
+            "give another --out, or delete that folder"
+        )
+    return bool(found.get("complete"))
+
+
+def difference(found, hp):
+    """In words, how the settings found in a folder differ from hp."""
+    wanted = asdict(hp)
+    names = [name for name in wanted if found.get(name) != wanted[name]]
+    return ", ".join(f"{flag(name)} {found.get(name)} instead of {wanted[name]}" for name in names) or "other settings"
+
+
+def load(folder):
+    """Read an SAE from `folder`, in eval mode, float32, on the CPU; `.metadata` says where it came from.
+
+    Takes SAELens' layout (cfg.json, sae_weights.safetensors; architectures standard, topk, jumprelu), and that
+    of dictionary_learning (config.json, ae.pt). Whatever such a file may scale or shift is folded into the
+    weights, so `encode` and `decode` give what the library of its origin gives. Raises UsageError.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / "cfg.json").exists():
+            arch, k, tensors, metadata = read_saelens(folder)
+        elif (folder / "ae.pt").exists():
+            arch, k, tensors, metadata = read_dictionary_learning(folder)
+        else:
+            raise UsageError(f"{folder}: no SAE in this folder (no cfg.json with sae_weights.safetensors, no ae.pt)")
+        d_in, d_sae = tensors["W_enc"].shape
+        sae = SAE(d_in, d_sae, arch, k)
+        threshold = tensors.pop("threshold", torch.zeros(()))
+        tensors["threshold"] = threshold.float().clamp(min=0).expand(d_sae).clone()
+        sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, ValueError, TypeError, RuntimeError, EOFError, OSError, SafetensorError) as error:
+        raise UsageError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
+    except pickle.UnpicklingError:
+        raise UsageError(f"{folder / 'ae.pt'}: holds more than tensors, so it was not opened") from None
+    sae.metadata = metadata
+    return sae.eval()
+
+
+def read_saelens(folder):
+    cfg = read_json(folder / "cfg.json")
+    names = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    if cfg.get("architecture") not in names or cfg.get("activation_fn_str", "relu") not in ("relu", "topk"):
+        raise UsageError(f"{folder}: architecture {cfg.get('architecture')} is none of {', '.join(names)}")
+    if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+        raise UsageError(f"{folder}: normalize_activations {cfg['normalize_activations']} depends on the input; fold it")
+    weights = load_file(folder / "sae_weights.safetensors")
+    tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if cfg["architecture"] == "jumprelu":
+        tensors["threshold"] = weights["threshold"]
+    if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
+        norm = tensors["W_dec"].norm(dim=1)
+        tensors["W_enc"] *= norm
+        tensors["b_enc"] *= norm
+        tensors["W_dec"] /= norm.clamp(min=1e-12)[:, None]
+    if not cfg.get("apply_b_dec_to_input", True):
+        tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
+    metadata = cfg.get("metadata") or {}
+    arch = names[cfg["architecture"]]
+    if arch == "jumprelu":
+        arch = metadata.get("arch", arch)
+    return arch, cfg.get("k") or metadata.get("k") or 0, tensors, metadata
+
+
+def read_dictionary_learning(folder):
+    trainer = read_json(folder / "config.json")["trainer"]
+    kind = trainer.get("dict_class")
+    archs = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk"}
+    archs |= {"MatryoshkaBatchTopKSAE": "matryoshka", "JumpReluAutoEncoder": "jumprelu"}
+    if kind not in archs:
+        raise UsageError(f"{folder}: dict_class {kind} is none of {', '.join(archs)}")
+    # weights_only: a pickle may hold code, and this file may come from anyone
+    state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+    if "encoder.weight" in state:  # nn.Linear keeps the transpose
+        tensors = {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
+        b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
+        tensors |= {"b_enc": state["encoder.bias"], "b_dec": state[b_dec]}
+    else:
+        tensors = {name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):  # these do not centre their input
+        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+    if archs[kind] not in ("relu", "topk"):
+        tensors["threshold"] = state["threshold"]
+    metadata = {name: trainer[name] for name in ("seed", "lm_name", "layer", "submodule_name") if name in trainer}
+    return archs[kind], int(state.get("k", 0)), tensors, metadata
+
+
+# ---------------------------------------------------------------------------------------------------
+# What every script needs: files that appear whole, Ctrl-C between two steps, one-line errors
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path that becomes `path` at the end, so that nobody ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"cannot write {path} ({first_line(error)}): make room, then run the same command") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({first_line(error)}): delete it or the folder it is in") from None
+
+
+def make_folder(folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder} ({error.strerror}): give another --out") from None
+    return Path(folder)
+
+
+def check_writable(folder):
+    """Raise UsageError now, not after an hour's training, where files cannot be written into `folder`."""
+    try:
+        probe = make_folder(folder) / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write into {folder} ({error.strerror}): give another --out") from None
+
+
+def pick_device(name):
+    """The torch device of --device: "auto" is a GPU where there is one. Raises UsageError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def stop_signal():
+    """Yield an event that Ctrl-C or SIGTERM sets, for a loop to stop between two steps. A second one kills."""
+    stop = threading.Event()
+
+    def request(number, frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_command(main):
+    """Run a script's main; an error that the user can act on ends with one line and its exit status."""
+    # Under Adam an L2 penalty takes a latent that never fires to zero, through denormal numbers, on which a CPU
+    # is several times slower. Set before the first parallel operation, so that every thread has it.
+    torch.set_flush_denormal(True)
+    try:
+        main()
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(1)

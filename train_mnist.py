@@ -1,0 +1,289 @@
+"""Train SAEs on images of digits and see which features recur across seeds.
+
+    python train_mnist.py --data glyphs --l2 0 1e-5 --seed 0 1 2      no network needed, minutes on two cores
+    python train_mnist.py --l2 0 1e-5 --seed 0 1 2                    MNIST, the study's plain setting
+    python train_mnist.py --l2 0 1e-5 --seed 0 1 2 --tied-init --unit-norm
+
+Lists sweep: the product of all of them is trained, one run folder each, on the same order of batches. A
+finished run is not trained again and an interrupted one goes on, so the same command can always be repeated.
+At the end: the table of feature consistency over seeds, and pictures.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+from evaluate import Parser, compare_seeds, consistency_table, quality, save_figure, unit_rows, write_consistency
+from sae import ARCHS, L2_FORMS, Hparams, RunError, Trainer, UsageError
+from sae import check_writable, is_complete, pick_device, run_command, run_name, stop_signal, write_hparams, write_json
+
+CHECKPOINT_SECONDS = 30  # at most so much work is lost to a kill; Ctrl-C and SIGTERM lose nothing
+N_IMAGES = {"mnist": 60_000, "glyphs": 20_000}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images, each split one tensor [n, 784] of pixels in [0, 1]
+
+
+def load_images(data):
+    """Training and test images of `data`: "mnist", "glyphs" or a folder with MNIST in it. Raises UsageError."""
+    if data == "glyphs":
+        images = draw_glyphs(N_IMAGES["glyphs"] + 2_000)
+        return images[: N_IMAGES["glyphs"]], images[N_IMAGES["glyphs"] :]
+    root = Path("data") if data == "mnist" else Path(data)
+    if data != "mnist":
+        check_mnist_folder(root)
+    try:
+        splits = [MNIST(root, train=train, download=True) for train in (True, False)]
+    except PermissionError as error:
+        raise UsageError(f"--data {data}: cannot unpack there ({error.strerror}): copy it to where you may write") from None
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        way_out = "--data glyphs needs no network" if data == "mnist" else "delete the unpacked files there"
+        raise UsageError(f"--data {data}: MNIST cannot be read or downloaded ({reason}): {way_out}") from None
+    return [split.data.flatten(1).float() / 255 for split in splits]
+
+
+def check_mnist_folder(root):
+    """torchvision would download into a folder that lacks MNIST; one that the user names must have it, whole."""
+    raw = root / "MNIST" / "raw"
+    for archive, md5 in MNIST.resources:
+        path = raw / archive
+        if path.with_suffix("").exists():
+            continue
+        if not path.exists():
+            raise UsageError(f"--data {root}: no {path}: give a folder with MNIST/raw in it, or --data glyphs")
+        if not check_integrity(str(path), md5):
+            raise UsageError(f"--data {root}: {path} is damaged (its checksum is not MNIST's): fetch it again")
+
+
+def draw_glyphs(n, seed=0):
+    """n images of the digits, [n, 784], from the fonts that ship with matplotlib under random affine warps."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    names = [f"DejaVu{family}{style}" for family in ("Sans", "SansMono", "Serif") for style in ("", "-Bold")]
+    names += ["DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "cmr10", "cmb10", "cmss10", "cmtt10"]
+    names += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"]
+    masters = []  # each digit of each font once, large, centred by its ink
+    for name, digit in itertools.product(names, "0123456789"):
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 36)
+        left, top, right, bottom = font.getbbox(digit)
+        image = Image.new("L", (56, 56))
+        ImageDraw.Draw(image).text((28 - (left + right) / 2, 28 - (top + bottom) / 2), digit, fill=255, font=font)
+        masters.append(np.asarray(image, dtype=np.float32) / 255)
+    masters = torch.from_numpy(np.stack(masters))[:, None]
+    generator = torch.Generator().manual_seed(seed)
+
+    def between(low, high):
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    which = torch.randint(len(masters), (n,), generator=generator)
+    angle, shear, scale = between(-0.25, 0.25), between(-0.3, 0.3), between(0.9, 1.25)
+    stretch = between(0.8, 1.2)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = [cos * stretch, shear - sin, between(-0.12, 0.12), sin * stretch, cos, between(-0.12, 0.12)]
+    affine = torch.stack(rows, 1).view(n, 2, 3)
+    images = []
+    for start in range(0, n, 1000):
+        part = slice(start, start + 1000)
+        grid = F.affine_grid(affine[part], (len(affine[part]), 1, 56, 56), align_corners=False)
+        images.append(F.avg_pool2d(F.grid_sample(masters[which[part]], grid, align_corners=False), 2))
+    return torch.cat(images).flatten(1).clamp(0, 1)
+
+
+def batches(images, hp, first=0):
+    """Endless batches [B, 784] from number `first` on, all images once per epoch (its last batch is smaller).
+
+    The order is a function of data_seed and epoch alone: every SAE sees the same, and there is no state to keep.
+    """
+    per_epoch = -(-len(images) // hp.batch_size)
+    for epoch in itertools.count(first // per_epoch):
+        generator = torch.Generator().manual_seed(hp.data_seed * 1_000_003 + epoch)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for index in range(first % per_epoch, per_epoch):
+            yield images[order[index * hp.batch_size : (index + 1) * hp.batch_size]]
+        first = 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def hparams(args, arch, k, l1, l2, seed):
+    """The study's settings for images, with what the command line changes of them."""
+    values = {"arch": arch, "d_in": 784, "d_sae": args.d_sae, "l1": l1, "l2": l2, "l2_form": args.l2_form}
+    values |= {"k": k} if arch != "relu" else {"sparsity": args.sparsity}
+    # The plain setting has no biases at all; the tied one starts b_dec at the geometric median of a batch.
+    values |= {"tied_init": args.tied_init, "biases": args.tied_init, "unit_norm": args.unit_norm}
+    # Adam as it is, without warm-up, decay or clipping. Errors and the L1 penalty are means, not sums.
+    values |= {"lr": args.lr, "warmup": 0, "decay": 0.0, "clip": 0.0, "reduction": "mean", "l1_form": "mean"}
+    steps = args.epochs * -(-N_IMAGES[args.dataset] // args.batch_size)
+    values |= {"batch_size": args.batch_size, "steps": steps, "dead_after": 5 * N_IMAGES[args.dataset]}
+    values |= {"seed": seed, "data_seed": args.data_seed, "data": args.dataset, "dtype": args.dtype}
+    return Hparams(**values)
+
+
+def sweep(args):
+    """The SAEs of the command line, the product of its lists: {name of the run: hyperparameters}."""
+    runs, usual = {}, parse(["--data", args.dataset])
+    for arch, k, l1, l2, seed in itertools.product(args.arch, args.k, args.l1, args.l2, args.seed):
+        hp = hparams(args, arch, k, l1, l2, seed)
+        defaults = hparams(usual, arch, 32, 0.0, 0.0, 0)
+        defaults.biases = hp.biases  # follows from tied_init, so a name need not say both
+        runs[run_name(hp, defaults)] = hp
+    return runs
+
+
+def train(hp, images, folder, device, stop):
+    """Train one SAE on images [n, 784], on the device, or go on with it. Raises RunError when told to stop."""
+    trainer = Trainer(hp, next(batches(images, hp)), device)
+    trainer.resume(folder)
+    write_hparams(folder, hp, complete=False, bfloat16=trainer.bfloat16)
+    saved = time.monotonic()
+    with tqdm(total=hp.steps, initial=trainer.step, desc=Path(folder).name, unit="step") as progress:
+        for x in batches(images, hp, first=trainer.step):
+            if trainer.step == hp.steps:
+                break
+            trainer.train_step(x)
+            progress.update()
+            if trainer.metrics and trainer.metrics[-1]["step"] == trainer.step:
+                row = trainer.metrics[-1]
+                progress.set_postfix_str(f"loss {row['loss']:.4f} fve {row['fve']:.3f} l0 {row['l0']:.0f}")
+            if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                trainer.save_checkpoint(folder)
+                saved = time.monotonic()
+            if stop.is_set():
+                raise RunError(f"interrupted at step {trainer.step} of {folder}: the same command goes on from there")
+    return trainer
+
+
+def finish(trainer, folder, test_images):
+    """Measure a trained SAE on the test images, draw its features, and write its run folder."""
+    hp = trainer.hp
+    metadata = {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
+    metadata |= {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
+    sae = trainer.sae.eval()
+    result, mean_acts = quality(sae, test_images.split(1000))
+    write_json(folder / "quality.json", result)
+    save_figure(plot_features(sae, mean_acts), folder / "features.png")
+    trainer.finish(folder, metadata)
+    print(
+        f"{folder}: fve {result['fve']:.4f}, l0 {result['l0']:.1f}, of {hp.d_sae} features "
+        f"{result['alive_by_weight']} have weights and {result['alive_by_use']} are used"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_feature(axis, feature, title):
+    """One feature [784] as an image; red adds ink, blue takes it away, white is zero."""
+    limit = max(float(feature.abs().max()), 1e-12)
+    axis.imshow(feature.view(28, 28).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axis.set_title(title, fontsize=10, pad=2)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+@torch.no_grad()
+def plot_features(sae, mean_acts, rows=8, columns=8):
+    """The strongest decoder features; strength is mean activation times norm, the feature's share of the ink."""
+    W_dec = sae.W_dec.cpu()
+    strength = mean_acts * W_dec.norm(dim=1)
+    figure = Figure(figsize=(6, 6.6))
+    for axis, i in zip(figure.subplots(rows, columns).flat, strength.argsort(descending=True)):
+        draw_feature(axis, W_dec[i], f"{strength[i]:.2f}")
+    figure.suptitle("Decoder features, strongest first (mean activation x norm above each)", fontsize=11)
+    return figure
+
+
+@torch.no_grad()
+def plot_pairs(a, b, title, n=12):
+    """Features of one SAE above their one-to-one partners (Hungarian, decoder) in another, from best to worst."""
+    unit_a, unit_b = unit_rows(a.W_dec), unit_rows(b.W_dec)
+    cos = (unit_a @ unit_b.T).numpy()
+    rows, columns = linear_sum_assignment(np.abs(cos), maximize=True)
+    order = np.argsort(-np.abs(cos[rows, columns]))
+    order = order[np.linspace(0, len(order) - 1, n).astype(int)]
+    figure = Figure(figsize=(7, 6.8))
+    half = n // 2
+    grid = figure.subplots(4, half)
+    for position, pair in enumerate(order):
+        i, j = rows[pair], columns[pair]
+        row, column = 2 * (position // half), position % half
+        draw_feature(grid[row, column], a.W_dec[i], f"cos {cos[i, j]:+.2f}")
+        draw_feature(grid[row + 1, column], b.W_dec[j], "")
+    figure.suptitle(f"{title}\nseed above, its partner of another seed below; best to worst pair", fontsize=11)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="mnist", metavar="mnist|glyphs|DIR", help="what to train on; mnist is downloaded to data/")
+    add("--arch", nargs="+", default=["relu"], metavar="ARCH", help=f"any of {', '.join(ARCHS)}")
+    add("--l1", nargs="+", type=float, default=[0.0], help="weight of the L1 penalty; the study's is 1e-3")
+    add("--l2", nargs="+", type=float, default=[0.0], help="weight of the L2 penalty; the study's is 1e-5")
+    add("--l2-form", default="squares", help=f"of the L2 penalty, one of {', '.join(L2_FORMS)}")
+    add("--seed", nargs="+", type=int, default=[0], help="initialisation")
+    add("--data-seed", type=int, default=0, help="order of the images")
+    add("--tied-init", action="store_true", help="encoder starts as decoder's transpose; adds biases")
+    add("--unit-norm", action="store_true", help="decoder rows are kept at norm 1")
+    add("--sparsity", type=float, default=0.1, help="weight of the mean activation, relu only (default 0.1)")
+    add("--k", nargs="+", type=int, default=[32], help="active latents, all but relu")
+    add("--d-sae", type=int, default=None, help="number of latents (1568; glyphs 512)")
+    add("--epochs", type=int, default=None, help="passes over the images (100; glyphs 30)")
+    add("--batch-size", type=int, default=512)
+    add("--lr", type=float, default=1e-3)
+    add("--dtype", default="auto", help="of matrix products: auto, float32, bfloat16")
+    add("--out", default=None, metavar="DIR", help="where run folders go (runs/mnist; glyphs runs/glyphs)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    args.dataset = "glyphs" if args.data == "glyphs" else "mnist"
+    small = args.dataset == "glyphs"
+    args.d_sae = args.d_sae or (512 if small else 1568)
+    args.epochs = args.epochs or (30 if small else 100)
+    args.out = Path(args.out or f"runs/{args.dataset}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    runs = {args.out / name: hp for name, hp in sweep(args).items()}
+    device = pick_device(args.device)
+    check_writable(args.out)
+    missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
+    if missing:
+        images, test_images = (split.to(device) for split in load_images(args.data))
+        print(f"training {len(missing)} of {len(runs)} SAEs on {len(images):,} images, {device}, into {args.out}")
+        with stop_signal() as stop:
+            for folder in missing:
+                trainer = train(runs[folder], images, folder, device, stop)
+                finish(trainer, folder, test_images)
+    if len(set(args.seed)) < 2:
+        print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
+        return
+    groups = compare_seeds(list(runs))
+    print(consistency_table(groups))
+    write_consistency(groups, args.out / "consistency.json")
+    for group in groups:
+        save_figure(plot_pairs(*group["saes"][:2], group["label"]), args.out / f"pairs_{group['label']}.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
