@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import SAE, UsageError, make_folder, read_json, replacing, run_command, write_json
+from sae import SAE, Parser, UsageError, check_writable, read_json, replacing, run_command, write_json
 
-DEAD_NORM = 1e-6  # a norm below this share of the largest is zero: pruned weights end there, others stay far above
+DEAD_NORM = 1e-3  # a norm below this share of the largest counts as zero: pruned weights are on their way there
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -51,11 +51,11 @@ def quality(sae, batches):
     act_sum, fired = torch.zeros(sae.d_sae, dtype=torch.float64), torch.zeros(sae.d_sae, dtype=torch.bool)
     for x in batches:
         acts = sae.encode(x)
-        error += (sae.decode(acts) - x).double().square().sum().item()
-        total += x.double().sum(0).cpu()
-        total_square += x.double().square().sum(0).cpu()
+        error += (sae.decode(acts) - x).square().sum().item()
+        total += x.sum(0).cpu()
+        total_square += x.square().sum(0).cpu()
         l0 += (acts > 0).sum().item()
-        act_sum += acts.sum(0).double().cpu()
+        act_sum += acts.sum(0).cpu()
         fired |= (acts > 0).any(0).cpu()
         inputs += len(x)
     variance = (total_square - total.square() / inputs).sum().item()
@@ -186,12 +186,14 @@ def consistency(saes, seeds, threshold=0.7, progress=None):
 
 def find_runs(paths):
     """The run folders that the paths name: each a run, or a folder of runs. Plain files (pictures) are passed over."""
+
+    def holds_sae(folder):
+        return (folder / "cfg.json").exists() or (folder / "ae.pt").exists()
+
     runs = []
     for path in map(Path, paths):
-        if path.is_file():
-            continue
-        inside = sorted(p for p in path.glob("*") if (p / "cfg.json").exists() or (p / "ae.pt").exists())
-        runs += inside or [path]  # a path without any SAE is for SAE.load to complain about
+        inside = [] if holds_sae(path) else sorted(filter(holds_sae, path.glob("*")))
+        runs += inside or [path] * (not path.is_file())  # of a folder without an SAE, SAE.load says what is missing
     return list(dict.fromkeys(runs))
 
 
@@ -245,8 +247,9 @@ def compare_seeds(folders, threshold=0.7):
 def consistency_table(groups):
     """The table of the README: one line a configuration, means over its pairs of seeds, `all (alive)`."""
     columns = ("mean_max_cos_dec", "mean_max_cos_enc", "paired_dec", "paired_enc", "shared")
-    titles = ("configuration", "seeds", "alive", "max cos dec", "max cos enc", "paired dec", "paired enc", "shared")
-    lines = [(*titles, "always shared")]
+    lines = [("configuration", "seeds", "alive", "max cos dec", "max cos enc", "paired dec", "paired enc")]
+    lines[0] += ("shared", "always shared")
+    lines.append(("---",) * len(lines[0]))
     for group in groups:
         figures = group["figures"]
         cells = [group["label"], len(figures["seeds"]), f"{np.mean(figures['alive']):.0f}/{figures['d_sae']}"]
@@ -255,7 +258,6 @@ def consistency_table(groups):
             cells.append(f"{over[0]:.3f} ({over[1]:.3f})")
         cells.append(f"{figures['always_shared']:.3f} ({figures['always_shared_alive']:.3f})")
         lines.append(tuple(map(str, cells)))
-    lines.insert(1, tuple("---" for _ in titles) + ("---",))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
@@ -263,7 +265,6 @@ def consistency_table(groups):
 def write_consistency(groups, path):
     """The JSON file, and the two pictures beside it."""
     path = Path(path)
-    make_folder(path.parent)
     write_json(path, {"groups": [{"label": g["label"], "config": g["config"]} | g["figures"] for g in groups]})
     save_figure(plot_shares(groups), path.with_name(path.stem + "_shares.png"))
     save_figure(plot_best_matches(groups), path.with_name(path.stem + "_cosines.png"))
@@ -317,11 +318,6 @@ def plot_best_matches(groups):
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -332,6 +328,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.threshold < 1:
         raise UsageError(f"--threshold {args.threshold}: a cosine between 0 and 1, such as 0.7")
+    if args.json:
+        check_writable(Path(args.json).parent, "--json")
     groups = compare_seeds(find_runs(args.runs), args.threshold)
     print(consistency_table(groups))
     if args.json:

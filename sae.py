@@ -20,6 +20,7 @@ Notation, as in the paper: d_in the width of the input, d_sae the number of late
 Feature i is the encoder column W_enc[:, i] and the decoder row W_dec[i].
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -38,8 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 ARCHS = ("relu", "topk", "batchtopk", "matryoshka")
-L1_FORMS = ("sum", "mean")
-L2_FORMS = ("squares", "norms")
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl; the only steps that wait for the device
 
 
@@ -66,8 +65,8 @@ class Hparams:
     sparsity: float = 0.0  # weight of the L1 norm of acts; relu only, where nothing else makes acts sparse
     l1: float = 0.0  # weight of the L1 penalty on the weights
     l2: float = 0.0  # weight of the L2 penalty on the weights
-    l1_form: str = "sum"  # see weight_penalty
-    l2_form: str = "squares"  # see weight_penalty
+    l1_form: str = "sum"  # one of L1_FORMS
+    l2_form: str = "squares"  # one of L2_FORMS
     tied_init: bool = True  # encoder starts as the decoder's transpose; else each is drawn by itself
     unit_norm: bool = False  # decoder rows are kept at norm 1
     biases: bool = True  # train b_enc and b_dec; else both stay 0
@@ -274,21 +273,27 @@ def geometric_median(x, steps=100, tolerance=1e-5):
 # The loss: reconstruction + sparsity + l1 * P1(W_enc, W_dec) + l2 * P2(W_enc, W_dec) + auxiliary
 
 
-def weight_penalty(sae, l1, l2, l1_form="sum", l2_form="squares"):
-    """The paper's subject: l1 * P1 + l2 * P2 on encoder and decoder, never on biases. A scalar tensor.
+# The forms that the study uses, of a matrix W [d_sae, d_in] with a feature in each row
+L1_FORMS = {
+    "sum": lambda W: W.abs().sum(),  # Pythia
+    "mean": lambda W: W.abs().mean(),  # MNIST
+}
+L2_FORMS = {
+    "squares": lambda W: (W * W).sum(),  # the paper's formula, everywhere
+    "norms": lambda W: W.norm(),  # the released notebook for MNIST with tied initialisation and unit norm
+}
 
-    P1 "sum": sum of absolute values (Pythia). "mean": mean of |W_enc| plus mean of |W_dec| (MNIST).
-    P2 "squares": sum of squares (the paper's formula). "norms": sum of the two Frobenius norms, not squared
-    (what the released MNIST notebook does with tied initialisation and unit norm).
+
+def weight_penalty(sae, l1, l2, l1_form="sum", l2_form="squares"):
+    """The paper's subject: l1 * P1(W_enc, W_dec) + l2 * P2(W_enc, W_dec), a scalar tensor; biases go free.
 
     It belongs to the loss and so passes through Adam; AdamW's decoupled weight decay is another thing.
     """
-    weights, penalty = (sae.W_enc, sae.W_dec), sae.W_enc.new_zeros(())
+    weights, penalty = (sae.W_enc.T, sae.W_dec), sae.W_enc.new_zeros(())
     if l1:
-        reduce = torch.sum if l1_form == "sum" else torch.mean
-        penalty = penalty + l1 * sum(reduce(W.abs()) for W in weights)
+        penalty = penalty + l1 * sum(L1_FORMS[l1_form](W) for W in weights)
     if l2:
-        penalty = penalty + l2 * sum((W * W).sum() if l2_form == "squares" else W.norm() for W in weights)
+        penalty = penalty + l2 * sum(L2_FORMS[l2_form](W) for W in weights)
     return penalty
 
 
@@ -468,7 +473,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.inputs_since_fired.copy_(state["inputs_since_fired"])
             self.step, self.metrics = state["step"], state["metrics"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to start over") from None
 
     def write_metrics(self, folder):
@@ -536,13 +541,14 @@ def load(folder):
         elif (folder / "ae.pt").exists():
             arch, k, tensors, metadata = read_dictionary_learning(folder)
         else:
-            raise UsageError(f"{folder}: no SAE in this folder (no cfg.json with sae_weights.safetensors, no ae.pt)")
+            hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
+            raise UsageError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
         d_in, d_sae = tensors["W_enc"].shape
         sae = SAE(d_in, d_sae, arch, k)
         threshold = tensors.pop("threshold", torch.zeros(()))
         tensors["threshold"] = threshold.float().clamp(min=0).expand(d_sae).clone()
         sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, ValueError, TypeError, RuntimeError, EOFError, OSError, SafetensorError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
     except pickle.UnpicklingError:
         raise UsageError(f"{folder / 'ae.pt'}: holds more than tensors, so it was not opened") from None
@@ -556,7 +562,9 @@ def read_saelens(folder):
     if cfg.get("architecture") not in names or cfg.get("activation_fn_str", "relu") not in ("relu", "topk"):
         raise UsageError(f"{folder}: architecture {cfg.get('architecture')} is none of {', '.join(names)}")
     if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
-        raise UsageError(f"{folder}: normalize_activations {cfg['normalize_activations']} depends on the input; fold it")
+        raise UsageError(
+            f"{folder}: normalize_activations {cfg['normalize_activations']} cannot be folded into weights"
+        )
     weights = load_file(folder / "sae_weights.safetensors")
     tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if cfg["architecture"] == "jumprelu":
@@ -571,7 +579,7 @@ def read_saelens(folder):
     metadata = cfg.get("metadata") or {}
     arch = names[cfg["architecture"]]
     if arch == "jumprelu":
-        arch = metadata.get("arch", arch)
+        arch = metadata["arch"] if metadata.get("arch") in ("batchtopk", "matryoshka") else arch
     return arch, cfg.get("k") or metadata.get("k") or 0, tensors, metadata
 
 
@@ -632,24 +640,25 @@ def make_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder} ({error.strerror}): give another --out") from None
+        raise RunError(f"cannot make the folder {folder} ({error.strerror})") from None
     return Path(folder)
 
 
-def check_writable(folder):
+def check_writable(folder, option):
     """Raise UsageError now, not after an hour's training, where files cannot be written into `folder`."""
     try:
-        probe = make_folder(folder) / f".probe{os.getpid()}"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".probe{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"cannot write into {folder} ({error.strerror}): give another --out") from None
+        raise UsageError(f"{option} {folder}: cannot write there ({error.strerror}); give another folder") from None
 
 
 def pick_device(name):
     """The torch device of --device: "auto" is a GPU where there is one. Raises UsageError."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -658,6 +667,13 @@ def pick_device(name):
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line raises UsageError, for one line instead of a page."""
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
 
 
 @contextmanager

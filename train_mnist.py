@@ -19,18 +19,40 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-from evaluate import Parser, compare_seeds, consistency_table, quality, save_figure, unit_rows, write_consistency
-from sae import ARCHS, L2_FORMS, Hparams, RunError, Trainer, UsageError
-from sae import check_writable, is_complete, pick_device, run_command, run_name, stop_signal, write_hparams, write_json
+import evaluate
+from sae import (
+    ARCHS,
+    L2_FORMS,
+    Hparams,
+    Parser,
+    RunError,
+    Trainer,
+    UsageError,
+    check_writable,
+    first_line,
+    is_complete,
+    pick_device,
+    run_command,
+    run_name,
+    stop_signal,
+    write_hparams,
+    write_json,
+)
 
 CHECKPOINT_SECONDS = 30  # at most so much work is lost to a kill; Ctrl-C and SIGTERM lose nothing
 N_IMAGES = {"mnist": 60_000, "glyphs": 20_000}
+# MNIST as the study has it; glyphs for a first look within minutes
+DEFAULTS = {
+    "mnist": {"d_sae": 1568, "epochs": 100, "batch_size": 512},
+    "glyphs": {"d_sae": 512, "epochs": 20, "batch_size": 128},
+}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -47,12 +69,11 @@ def load_images(data):
         check_mnist_folder(root)
     try:
         splits = [MNIST(root, train=train, download=True) for train in (True, False)]
-    except PermissionError as error:
-        raise UsageError(f"--data {data}: cannot unpack there ({error.strerror}): copy it to where you may write") from None
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        way_out = "--data glyphs needs no network" if data == "mnist" else "delete the unpacked files there"
-        raise UsageError(f"--data {data}: MNIST cannot be read or downloaded ({reason}): {way_out}") from None
+        way_out = "give --data glyphs, which needs no network"
+        if data != "mnist":
+            way_out = "give a folder where you may write, without the damaged files"
+        raise UsageError(f"--data {data}: no MNIST to be had ({first_line(error)}): {way_out}") from None
     return [split.data.flatten(1).float() / 255 for split in splits]
 
 
@@ -73,8 +94,8 @@ def draw_glyphs(n, seed=0):
     """n images of the digits, [n, 784], from the fonts that ship with matplotlib under random affine warps."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     names = [f"DejaVu{family}{style}" for family in ("Sans", "SansMono", "Serif") for style in ("", "-Bold")]
-    names += ["DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "cmr10", "cmb10", "cmss10", "cmtt10"]
-    names += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"]
+    names += ["DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic"]
+    names += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10"]
     masters = []  # each digit of each font once, large, centred by its ink
     for name, digit in itertools.product(names, "0123456789"):
         font = ImageFont.truetype(str(folder / f"{name}.ttf"), 36)
@@ -89,16 +110,16 @@ def draw_glyphs(n, seed=0):
         return torch.rand(n, generator=generator) * (high - low) + low
 
     which = torch.randint(len(masters), (n,), generator=generator)
-    angle, shear, scale = between(-0.25, 0.25), between(-0.3, 0.3), between(0.9, 1.25)
-    stretch = between(0.8, 1.2)
+    angle, shear, scale = between(-0.25, 0.25), between(-0.25, 0.25), between(0.65, 0.9)
+    stretch = between(0.85, 1.15)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [cos * stretch, shear - sin, between(-0.12, 0.12), sin * stretch, cos, between(-0.12, 0.12)]
+    rows = [cos * stretch, shear - sin, between(-0.08, 0.08), sin * stretch, cos, between(-0.08, 0.08)]
     affine = torch.stack(rows, 1).view(n, 2, 3)
-    images = []
-    for start in range(0, n, 1000):
-        part = slice(start, start + 1000)
-        grid = F.affine_grid(affine[part], (len(affine[part]), 1, 56, 56), align_corners=False)
-        images.append(F.avg_pool2d(F.grid_sample(masters[which[part]], grid, align_corners=False), 2))
+    # Blurred to the resolution of the result, so that sampling at half of it leaves no jagged edges
+    masters, images = F.avg_pool2d(masters, 3, stride=1, padding=1), []
+    for part in torch.arange(n).split(1000):
+        grid = F.affine_grid(affine[part], (len(part), 1, 28, 28), align_corners=False)
+        images.append(F.grid_sample(masters[which[part]], grid, align_corners=False))
     return torch.cat(images).flatten(1).clamp(0, 1)
 
 
@@ -174,9 +195,9 @@ def finish(trainer, folder, test_images):
     metadata = {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
     metadata |= {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
     sae = trainer.sae.eval()
-    result, mean_acts = quality(sae, test_images.split(1000))
+    result, mean_acts = evaluate.quality(sae, test_images.split(1000))
     write_json(folder / "quality.json", result)
-    save_figure(plot_features(sae, mean_acts), folder / "features.png")
+    evaluate.save_figure(plot_features(sae, mean_acts), folder / "features.png")
     trainer.finish(folder, metadata)
     print(
         f"{folder}: fve {result['fve']:.4f}, l0 {result['l0']:.1f}, of {hp.d_sae} features "
@@ -188,49 +209,53 @@ def finish(trainer, folder, test_images):
 # Pictures
 
 
-def draw_feature(axis, feature, title):
-    """One feature [784] as an image; red adds ink, blue takes it away, white is zero."""
-    limit = max(float(feature.abs().max()), 1e-12)
-    axis.imshow(feature.view(28, 28).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    axis.set_title(title, fontsize=10, pad=2)
-    axis.set_xticks([])
-    axis.set_yticks([])
+def draw_tiles(features, titles, columns, heading):
+    """Features [n, 784] as images in rows of `columns`, each on its own scale: red adds ink, blue takes it away."""
+    rows, height, width = -(-len(features) // columns), 38, 32
+    canvas = np.zeros((max(rows, 1) * height + 2, columns * width))
+    figure = Figure(figsize=(7, 0.6 + 7 * canvas.shape[0] / canvas.shape[1]))
+    axis = figure.subplots()
+    for n, (feature, title) in enumerate(zip(features, titles)):
+        top, left = n // columns * height + 10, n % columns * width + 2
+        canvas[top : top + 28, left : left + 28] = feature.view(28, 28) / feature.abs().max().clamp(min=1e-12)
+        axis.text(left + 14, top - 2, title, ha="center", fontsize=9)
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), 28, 28, fill=False, linewidth=0.5))
+    axis.imshow(canvas, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_title(heading, fontsize=11)
+    axis.axis("off")
+    return figure
 
 
 @torch.no_grad()
-def plot_features(sae, mean_acts, rows=8, columns=8):
+def plot_features(sae, mean_acts, n=64):
     """The strongest decoder features; strength is mean activation times norm, the feature's share of the ink."""
     W_dec = sae.W_dec.cpu()
     strength = mean_acts * W_dec.norm(dim=1)
-    figure = Figure(figsize=(6, 6.6))
-    for axis, i in zip(figure.subplots(rows, columns).flat, strength.argsort(descending=True)):
-        draw_feature(axis, W_dec[i], f"{strength[i]:.2f}")
-    figure.suptitle("Decoder features, strongest first (mean activation x norm above each)", fontsize=11)
-    return figure
+    order = strength.argsort(descending=True)[:n]
+    titles = [f"{strength[i]:.2f}" for i in order]
+    return draw_tiles(W_dec[order], titles, 8, "Decoder features, strongest first (mean activation x norm above each)")
 
 
 @torch.no_grad()
-def plot_pairs(a, b, title, n=12):
-    """Features of one SAE above their one-to-one partners (Hungarian, decoder) in another, from best to worst."""
-    unit_a, unit_b = unit_rows(a.W_dec), unit_rows(b.W_dec)
-    cos = (unit_a @ unit_b.T).numpy()
-    rows, columns = linear_sum_assignment(np.abs(cos), maximize=True)
-    order = np.argsort(-np.abs(cos[rows, columns]))
-    order = order[np.linspace(0, len(order) - 1, n).astype(int)]
-    figure = Figure(figsize=(7, 6.8))
-    half = n // 2
-    grid = figure.subplots(4, half)
-    for position, pair in enumerate(order):
-        i, j = rows[pair], columns[pair]
-        row, column = 2 * (position // half), position % half
-        draw_feature(grid[row, column], a.W_dec[i], f"cos {cos[i, j]:+.2f}")
-        draw_feature(grid[row + 1, column], b.W_dec[j], "")
-    figure.suptitle(f"{title}\nseed above, its partner of another seed below; best to worst pair", fontsize=11)
-    return figure
+def plot_pairs(a, b, name, columns=8):
+    """Alive features of one SAE above their one-to-one partners (Hungarian, decoder) in another, best to worst."""
+    features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
+    cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
+    rows, partners = linear_sum_assignment(np.abs(cos), maximize=True)
+    order = np.argsort(-np.abs(cos[rows, partners]))
+    order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
+    features, titles = [], []
+    for start in range(0, len(order), columns):
+        i, j = rows[order[start : start + columns]], partners[order[start : start + columns]]
+        features += [*features_a[i], *features_b[j]]
+        titles += [f"{c:+.2f}" for c in cos[i, j]] + [""] * len(j)
+    heading = f"{name}: features of one seed, each above its partner\nin another, with their cosine; best pair to worst"
+    return draw_tiles(features, titles, columns, heading)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
+
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,19 +271,21 @@ def parse(argv):
     add("--unit-norm", action="store_true", help="decoder rows are kept at norm 1")
     add("--sparsity", type=float, default=0.1, help="weight of the mean activation, relu only (default 0.1)")
     add("--k", nargs="+", type=int, default=[32], help="active latents, all but relu")
-    add("--d-sae", type=int, default=None, help="number of latents (1568; glyphs 512)")
-    add("--epochs", type=int, default=None, help="passes over the images (100; glyphs 30)")
-    add("--batch-size", type=int, default=512)
+    add("--d-sae", type=int, default=None, help="number of latents (default 1568; glyphs 512)")
+    add("--epochs", type=int, default=None, help="passes over the images (default 100; glyphs 20)")
+    add("--batch-size", type=int, default=None, help="images per step (default 512; glyphs 128)")
     add("--lr", type=float, default=1e-3)
     add("--dtype", default="auto", help="of matrix products: auto, float32, bfloat16")
-    add("--out", default=None, metavar="DIR", help="where run folders go (runs/mnist; glyphs runs/glyphs)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--out", default=None, metavar="DIR", help="where run folders go (default runs/mnist or runs/glyphs)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     args.dataset = "glyphs" if args.data == "glyphs" else "mnist"
-    small = args.dataset == "glyphs"
-    args.d_sae = args.d_sae or (512 if small else 1568)
-    args.epochs = args.epochs or (30 if small else 100)
-    args.out = Path(args.out or f"runs/{args.dataset}")
+    for name, usual in (DEFAULTS[args.dataset] | {"out": f"runs/{args.dataset}"}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+    if args.epochs < 1 or args.batch_size < 1:
+        raise UsageError(f"--epochs {args.epochs} --batch-size {args.batch_size}: give numbers above 0")
+    args.out = Path(args.out)
     return args
 
 
@@ -266,7 +293,7 @@ def main(argv=None):
     args = parse(argv)
     runs = {args.out / name: hp for name, hp in sweep(args).items()}
     device = pick_device(args.device)
-    check_writable(args.out)
+    check_writable(args.out, "--out")
     missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
     if missing:
         images, test_images = (split.to(device) for split in load_images(args.data))
@@ -278,11 +305,11 @@ def main(argv=None):
     if len(set(args.seed)) < 2:
         print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
         return
-    groups = compare_seeds(list(runs))
-    print(consistency_table(groups))
-    write_consistency(groups, args.out / "consistency.json")
+    groups = evaluate.compare_seeds(list(runs))
+    print(evaluate.consistency_table(groups))
+    evaluate.write_consistency(groups, args.out / "consistency.json")
     for group in groups:
-        save_figure(plot_pairs(*group["saes"][:2], group["label"]), args.out / f"pairs_{group['label']}.png")
+        evaluate.save_figure(plot_pairs(*group["saes"][:2], group["label"]), args.out / f"pairs_{group['label']}.png")
 
 
 if __name__ == "__main__":

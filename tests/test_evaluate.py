@@ -1,0 +1,314 @@
+"""evaluate.py: quality against direct formulas; matching against brute force and planted truth; grouping and errors."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from evaluate import alive_by_weight, compare_seeds, consistency, find_runs, geometry, match_pair, quality, sharedness
+from sae import SAE, Hparams, UsageError, write_hparams
+
+
+def random_sae(d_in=8, d_sae=6, seed=0, arch="relu"):
+    generator = torch.Generator().manual_seed(seed)
+    model = SAE(d_in, d_sae, arch, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model.eval()
+
+
+def permuted(model, order, noise=0.0, flip=False, seed=1):
+    """A copy whose feature order[i] is the model's feature i, up to sign and noise."""
+    other = SAE(model.d_in, model.d_sae, model.arch, model.k).eval()
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.where(torch.rand(model.d_sae, generator=generator) < 0.5, -1.0, 1.0) if flip else 1.0
+    with torch.no_grad():
+        other.W_dec[order] = (model.W_dec.T * signs).T + noise * torch.randn(model.W_dec.shape, generator=generator)
+        other.W_enc[:, order] = model.W_enc * signs + noise * torch.randn(model.W_enc.shape, generator=generator)
+    return other
+
+
+def kill(model, features):
+    with torch.no_grad():
+        model.W_enc[:, features] = 0
+        model.W_dec[features] = 0
+    return model
+
+
+def order_of(n, seed=0):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+# --- quality
+
+
+def test_quality_equals_its_definitions_whatever_the_batches():
+    model, x = random_sae(), torch.randn(50, 8) + 1
+    result, mean_acts = quality(model, x.split(7))
+    acts = model.encode(x).detach()
+    error = (acts @ model.W_dec + model.b_dec - x).detach().double()
+    assert result["recon"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+    total = (x - x.mean(0)).double().square().sum()
+    assert result["fve"] == pytest.approx(1 - (error.square().sum() / total).item(), rel=1e-5)
+    assert result["l0"] == pytest.approx((acts > 0).sum().item() / 50)
+    assert result["alive_by_use"] == (acts.amax(0) > 0).sum()
+    assert result["inputs"] == 50
+    assert torch.allclose(mean_acts.float(), acts.mean(0), atol=1e-5)
+    assert quality(model, [x])[0]["recon"] == pytest.approx(result["recon"], rel=1e-5)
+
+
+def test_quality_tells_dead_by_weight_from_dead_by_use():
+    model = kill(random_sae(d_sae=20), [3, 4])
+    with torch.no_grad():
+        model.b_enc[10:15] = -1e6
+        model.b_enc[3:5] = -1
+    result, _ = quality(model, [torch.randn(500, 8)])
+    assert (result["alive_by_weight"], result["dead_by_weight"]) == (18, 2)
+    assert result["dead_by_use"] == 7
+
+
+def test_a_latent_is_dead_when_either_of_its_norms_is_zero():
+    model = random_sae(d_sae=5)
+    with torch.no_grad():
+        model.W_enc[:, 1] = 0
+        model.W_dec[2] = 1e-12  # what is left of a pruned row
+        model.W_dec[3] *= 1e-3  # weak, but alive
+    assert alive_by_weight(model).tolist() == [True, False, False, True, True]
+
+
+def test_geometry_equals_all_pairs_written_out():
+    model = kill(random_sae(d_in=10, d_sae=1100), [7])  # more than one block of the histogram
+    rows = torch.cat([model.W_dec[:7], model.W_dec[8:]]).detach()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    i, j = torch.triu_indices(len(rows), len(rows), 1)
+    cos = (rows @ rows.T)[i, j].abs().numpy()
+    found = geometry(model)["decoder_cos"]
+    expected = {"mean": cos.mean(), "median": np.median(cos), "max": cos.max()}
+    expected |= {"p90": np.quantile(cos, 0.9), "p99": np.quantile(cos, 0.99)}
+    assert found == pytest.approx(expected, abs=2e-4)
+    columns = torch.cat([model.W_enc[:, :7], model.W_enc[:, 8:]], 1).T.detach()
+    own = torch.cosine_similarity(rows, columns)
+    assert geometry(model)["enc_dec_cos"]["mean"] == pytest.approx(own.mean().item(), abs=1e-5)
+
+
+def test_geometry_of_an_sae_without_living_features_is_none():
+    assert geometry(SAE(4, 8)) == {"enc_dec_cos": None, "decoder_cos": None}
+
+
+# --- matching two SAEs
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_matching_equals_brute_force_over_all_permutations(seed):
+    a, b = random_sae(seed=seed), permuted(random_sae(seed=seed), order_of(6, seed), noise=0.6, flip=True)
+    figures, partner, _ = match_pair(a, b, threshold=0.7)
+
+    def best_permutation(rows_a, rows_b):
+        cos = torch.cosine_similarity(rows_a[:, None], rows_b[None], dim=2).abs().detach().numpy()
+        best = max(itertools.permutations(range(6)), key=lambda p: sum(cos[i, p[i]] for i in range(6)))
+        return cos, best
+
+    cos_dec, by_decoder = best_permutation(a.W_dec, b.W_dec)
+    cos_enc, by_encoder = best_permutation(a.W_enc.T, b.W_enc.T)
+    expected = np.full(6, -1)
+    for i, j in enumerate(by_decoder):
+        if by_encoder[i] == j and cos_dec[i, j] > 0.7 and cos_enc[i, j] > 0.7:
+            expected[i] = j
+    assert partner.tolist() == expected.tolist()
+    assert figures["shared"] == pytest.approx((expected >= 0).mean())
+    assert figures["mean_max_cos_dec"] == pytest.approx((cos_dec.max(0).mean() + cos_dec.max(1).mean()) / 2, rel=1e-5)
+    assert figures["mean_max_cos_enc"] == pytest.approx((cos_enc.max(0).mean() + cos_enc.max(1).mean()) / 2, rel=1e-5)
+    paired = ((cos_enc.max(0) > 0.7).mean() + (cos_enc.max(1) > 0.7).mean()) / 2
+    assert figures["paired_enc"] == pytest.approx(paired)
+
+
+def test_a_planted_permutation_with_flips_and_noise_is_recovered_exactly():
+    a, order = random_sae(d_in=64, d_sae=200), order_of(200)
+    figures, partner, _ = match_pair(a, permuted(a, order, noise=0.2, flip=True))
+    assert partner.tolist() == order.tolist()
+    assert figures["shared"] == figures["shared_alive"] == 1
+
+
+def test_decoders_that_agree_are_not_shared_while_encoders_disagree():
+    a = random_sae(d_in=64, d_sae=50)
+    b = permuted(a, order_of(50))
+    with torch.no_grad():
+        b.W_enc.normal_(generator=torch.Generator().manual_seed(9))
+    figures, partner, _ = match_pair(a, b)
+    assert figures["paired_dec"] == 1
+    assert figures["shared"] == 0
+    assert (partner == -1).all()
+
+
+def test_dead_features_match_nothing_and_shares_are_given_over_all_and_over_alive():
+    a, order = random_sae(d_in=64, d_sae=40), order_of(40)
+    b = permuted(a, order)
+    kill(a, range(10))  # 30 alive
+    kill(b, order[5:20])  # 25 alive; 20 features are alive in both
+    figures, partner, best = match_pair(a, b)
+    assert (partner >= 0).nonzero()[0].tolist() == list(range(20, 40))
+    assert figures["shared"] == 20 / 40
+    assert figures["shared_alive"] == pytest.approx((20 / 30 + 20 / 25) / 2)
+    assert len(best) == 30 + 25
+    assert figures["mean_max_cos_dec"] == pytest.approx(best[:30].sum() / 80 + best[30:].sum() / 80)
+    assert figures["mean_max_cos_dec_alive"] == pytest.approx((best[:30].mean() + best[30:].mean()) / 2)
+
+
+def test_two_saes_without_living_features_share_nothing():
+    figures, partner, best = match_pair(SAE(4, 8), SAE(4, 8))
+    assert set(figures.values()) == {0}
+    assert (partner == -1).all()
+    assert len(best) == 0
+
+
+def test_matching_does_not_depend_on_which_sae_comes_first():
+    a, b = random_sae(d_sae=30), permuted(random_sae(d_sae=30), order_of(30), noise=0.4)
+    kill(b, [1, 2])
+    there, partner, _ = match_pair(a, b)
+    back, partner_back, _ = match_pair(b, a)
+    assert there == pytest.approx(back)
+    for i, j in enumerate(partner):
+        assert j < 0 or partner_back[j] == i
+
+
+def test_saes_of_different_shapes_cannot_be_matched():
+    with pytest.raises(UsageError, match="d_in 8, d_sae 6 and d_in 8, d_sae 7"):
+        match_pair(random_sae(), random_sae(d_sae=7))
+
+
+# --- matching many
+
+
+def test_cycles_of_three_seeds_are_always_shared_whatever_the_order_of_rows():
+    base = random_sae(d_in=64, d_sae=30)
+    orders = [order_of(30, seed) for seed in range(3)]
+    saes = [permuted(base, order) for order in orders]
+    with torch.no_grad():  # features 0-9 are of all three; 10-14 of the first two; the rest each its own
+        for number, (model, order) in enumerate(zip(saes, orders)):
+            own = order[15:] if number < 2 else order[10:]
+            fresh = random_sae(d_in=64, d_sae=30, seed=50 + number)
+            model.W_dec[own] = fresh.W_dec[own]
+            model.W_enc[:, own] = fresh.W_enc[:, own]
+    result, _ = consistency(saes, [0, 1, 2])
+    assert result["always_shared"] == pytest.approx(10 / 30)
+    assert result["sometimes_shared"] == pytest.approx((5 + 5 + 0) / 90)
+    assert result["never_shared"] == pytest.approx(1 - 10 / 30 - 10 / 90)
+    assert result["always_shared_alive"] == pytest.approx(10 / 30)
+
+
+def test_three_pairs_that_do_not_close_a_cycle_are_not_always_shared():
+    # Feature 0 of seed 0 is feature 1 of seed 1 and feature 2 of seed 2, but those two have other partners: 1 of
+    # seed 1 goes with 3 of seed 2. Row 0 of seed 1 is shared with seed 2 too, so counting by row number in each
+    # pair's first SAE (0 in pair 0-1, 0 in pair 0-2, 0 in pair 1-2) would call feature 0 always shared.
+    partner = {(0, 1): np.array([1, -1, -1, -1]), (0, 2): np.array([2, -1, -1, -1]), (1, 2): np.array([0, 3, -1, -1])}
+    by_row_number = sum(all(partner[pair][row] >= 0 for pair in partner) for row in range(4))
+    assert by_row_number == 1
+    classes = sharedness(partner, 3)
+    assert not (classes == 2).any()
+    assert classes.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 4])
+def test_every_seed_counts_as_many_always_shared_features(n_seeds):
+    rng = np.random.default_rng(n_seeds)
+    partner = {}
+    for pair in itertools.combinations(range(n_seeds), 2):
+        partner[pair] = np.full(12, -1)
+        kept = rng.permutation(12)[:10]
+        partner[pair][kept] = kept  # mostly the identity: many cycles close
+        partner[pair][kept[:2]] = kept[1::-1]
+    classes = sharedness(partner, n_seeds)
+    counts = (classes == 2).sum(1)
+    assert len(set(counts)) == 1
+    expected = 0
+    for members in itertools.product(range(12), repeat=n_seeds):  # every choice of one feature from each seed
+        expected += all(partner[a, b][members[a]] == members[b] for a, b in partner)
+    assert counts[0] == expected > 0
+
+
+# --- run folders, table, files
+
+
+def write_run(folder, model, seed, **settings):
+    hp = Hparams(**{"arch": "relu", "d_in": model.d_in, "d_sae": model.d_sae, "seed": seed} | settings)
+    model.save(folder, {"seed": seed})
+    write_hparams(folder, hp, complete=True, bfloat16=False)
+    return folder
+
+
+def test_runs_are_grouped_by_configuration_and_labelled_by_their_folder(tmp_path):
+    base = random_sae(d_in=32, d_sae=20)
+    for l2, noise in ((0.0, 0.5), (1e-5, 0.05)):
+        for seed in (2, 0, 1):
+            model = permuted(base, order_of(20, seed), noise=noise, seed=seed)
+            write_run(tmp_path / f"relu_l2-{l2:g}_seed{seed}", model, seed, l2=l2)
+    groups = compare_seeds(find_runs([tmp_path]))
+    assert [group["label"] for group in groups] == ["relu_l2-0", "relu_l2-1e-05"]
+    assert [group["figures"]["seeds"] for group in groups] == [[0, 1, 2]] * 2
+    assert groups[1]["figures"]["always_shared"] == 1
+    table = evaluate.consistency_table(groups)
+    assert len(set(map(len, table.splitlines()))) == 1, "columns line up"
+    assert "1.000 (1.000)" in table
+
+
+def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, capsys):
+    base = random_sae(d_in=32, d_sae=20)
+    folders = [write_run(tmp_path / f"r_seed{s}", permuted(base, order_of(20, s)), s) for s in (0, 1, 2)]
+    (tmp_path / "picture.png").write_bytes(b"")
+    out = tmp_path / "results" / "shared.json"
+    evaluate.main(["seeds", *map(str, folders), str(tmp_path / "picture.png"), "--json", str(out)])
+    (group,) = json.loads(out.read_text())["groups"]
+    assert group["config"]["d_sae"] == 20
+    assert "seed" not in group["config"]
+    assert group["alive"] == [20] * 3
+    assert [pair["seeds"] for pair in group["pairs"]] == [[0, 1], [0, 2], [1, 2]]
+    keys = {"seeds", "mean_max_cos_dec", "mean_max_cos_enc", "paired_dec", "paired_enc", "shared", "shared_alive"}
+    assert keys <= set(group["pairs"][0])
+    for name in ("always_shared", "sometimes_shared", "never_shared", "always_shared_alive"):
+        assert 0 <= group[name] <= 1
+    assert {p.name for p in out.parent.iterdir()} == {"shared.json", "shared_shares.png", "shared_cosines.png"}
+    assert "r " in capsys.readouterr().out
+
+
+def test_folders_of_others_take_their_seed_from_metadata_or_from_the_order_given(tmp_path):
+    base = random_sae(d_in=32, d_sae=20)
+    for seed, metadata in ((7, {"seed": 7}), (5, {"seed": 5})):
+        permuted(base, order_of(20, seed)).save(tmp_path / f"with{seed}", metadata)
+        permuted(base, order_of(20, seed)).save(tmp_path / f"without{seed}")
+    for names, seeds in ((["with7", "with5"], [7, 5]), (["without7", "without5"], [0, 1]), (["with7"] * 2, None)):
+        folders = find_runs([tmp_path / name for name in names])
+        if seeds is None:
+            assert len(folders) == 1, "the same folder twice is one run"
+            continue
+        (group,) = compare_seeds(folders)
+        assert group["figures"]["seeds"] == seeds
+        assert group["figures"]["always_shared"] == 1
+
+
+@pytest.mark.parametrize("shapes", [[(8, 6)], [(8, 6), (8, 7)], [(8, 6), (9, 6)]])
+def test_no_two_saes_of_one_shape_is_an_error_that_names_the_shapes(shapes, tmp_path):
+    for number, (d_in, d_sae) in enumerate(shapes):
+        random_sae(d_in, d_sae).save(tmp_path / f"run{number}")
+    with pytest.raises(UsageError, match="no two SAEs of one configuration") as error:
+        evaluate.main(["seeds", str(tmp_path)])
+    for d_in, d_sae in shapes:
+        assert f"d_in {d_in}, d_sae {d_sae}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seeds", "nowhere"], "nowhere: no SAE here"),
+        (["seeds", "nowhere", "--threshold", "2"], "--threshold 2.0"),
+        (["seeds"], "RUN"),
+        (["seed", "x"], "invalid choice: 'seed'"),
+    ],
+)
+def test_a_command_line_that_cannot_work_says_why(arguments, message):
+    with pytest.raises(UsageError) as error:
+        evaluate.main(arguments)
+    assert message in str(error.value)

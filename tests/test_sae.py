@@ -1,0 +1,595 @@
+"""sae.py: activation rules, losses, penalties and the training step against slow or independent versions; files."""
+
+import json
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sae as sae_module
+from sae import (
+    ARCHS,
+    SAE,
+    Hparams,
+    RunError,
+    Trainer,
+    UsageError,
+    annealed_k,
+    batchtopk,
+    geometric_median,
+    initialise,
+    is_complete,
+    jumprelu,
+    learning_rate,
+    replacing,
+    run_name,
+    topk,
+    total_loss,
+    use_bfloat16,
+    weight_penalty,
+    write_hparams,
+)
+
+SMALL = {"d_in": 12, "d_sae": 64, "k": 5, "batch_size": 16, "steps": 40, "lr": 1e-2, "warmup": 3, "dtype": "float32"}
+
+
+def small(arch="topk", **others):
+    return Hparams(**SMALL | {"arch": arch, "sparsity": 0.1 if arch == "relu" else 0.0} | others)
+
+
+def data(n=16, d_in=12, seed=0):
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def double_sae(hp, x):
+    """An SAE in float64 with all its parameters away from zero."""
+    model = SAE(hp.d_in, hp.d_sae, hp.arch, hp.k).double().train()
+    initialise(model, hp, x)
+    with torch.no_grad():
+        model.b_enc.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        model.b_dec.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+# --- activation rules
+
+
+def test_topk_keeps_the_k_largest_positive_entries_of_each_row():
+    pre_acts = data(20, 30) - 0.8  # few are positive, so that some rows have fewer than k
+    acts = topk(pre_acts, 6)
+    for row, result in zip(pre_acts.tolist(), acts.tolist()):
+        kept = sorted(range(30), key=lambda i: -row[i])[:6]
+        assert result == [row[i] if i in kept and row[i] > 0 else 0 for i in range(30)]
+
+
+def test_batchtopk_keeps_the_k_times_b_largest_of_the_batch():
+    pre_acts = data(20, 30)
+    acts = batchtopk(pre_acts, 2)
+    limit = sorted(pre_acts.flatten().tolist())[-40]
+    expected = [[v if v >= limit else 0 for v in row] for row in pre_acts.tolist()]
+    assert acts.tolist() == expected
+    assert len(set((acts > 0).sum(1).tolist())) > 1, "rows should differ in how many latents they use"
+
+
+def test_jumprelu_keeps_what_is_strictly_above_the_threshold_and_positive():
+    pre_acts = torch.tensor([[-1.0, 0.5, 0.6, 2.0]])
+    assert jumprelu(pre_acts, torch.tensor([-2.0, 0.5, 0.5, 3.0])).tolist() == [[0, 0, 0.6000000238418579, 0]]
+
+
+def test_batchtopk_in_eval_mode_treats_each_input_by_itself():
+    model = SAE(12, 64, "batchtopk", 5)
+    initialise(model, small("batchtopk"), data())
+    model.threshold.fill_(0.4)
+    x = data(8)
+    model.eval()
+    assert torch.allclose(model.encode(x)[:1], model.encode(x[:1]), atol=1e-6)
+    model.train()
+    assert not torch.allclose(model.encode(x)[:1], model.encode(x[:1]), atol=1e-6)
+
+
+# --- loss
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction):
+    hp = small(arch, l1=0.01, l2=0.02, reduction=reduction)
+    x = data().double()
+    model = double_sae(hp, x)
+    dead = torch.rand(hp.d_sae, generator=torch.Generator().manual_seed(3)) < 0.3
+    loss, _ = total_loss(model, hp, x, hp.k, dead)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    def error(e):
+        return e.square().sum(1).mean() if reduction == "sum" else e.square().mean()
+
+    pre = (x - model.b_dec) @ model.W_enc + model.b_enc
+    if arch == "relu":
+        acts = pre.clamp(min=0)
+    elif arch == "topk":
+        acts = torch.where(pre >= pre.sort(dim=1).values[:, -hp.k, None], pre.clamp(min=0), 0)
+    else:
+        acts = torch.where(pre >= pre.flatten().sort().values[-hp.k * len(x)], pre.clamp(min=0), 0)
+    ends = [2, 6, 14, 30, 64] if arch == "matryoshka" else [64]
+    expected = sum(error(acts[:, :n] @ model.W_dec[:n] + model.b_dec - x) for n in ends) / len(ends)
+    expected = expected + 0.01 * (model.W_enc.abs().sum() + model.W_dec.abs().sum())
+    expected = expected + 0.02 * (model.W_enc.square().sum() + model.W_dec.square().sum())
+    if arch == "relu":
+        expected = expected + 0.1 * (acts.sum(1).mean() if reduction == "sum" else acts.mean())
+    residual = (x - acts @ model.W_dec - model.b_dec).detach()
+    revived = torch.zeros_like(pre)
+    for row in range(len(x)):  # the d_in / 2 strongest dead latents of each input
+        strongest = sorted(dead.nonzero().flatten().tolist(), key=lambda i: -pre[row, i].item())[:6]
+        revived[row, strongest] = 1
+    by_dead = (pre.clamp(min=0) * revived) @ model.W_dec
+    variance = (residual - residual.mean(0)).square().sum(1).mean()
+    expected = expected + (by_dead - residual).square().sum(1).mean() / variance / 32
+    expected.backward()
+
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-12)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-12), name
+
+
+def test_auxiliary_loss_reaches_no_living_latent():
+    hp = small(aux=1.0)
+    x = data().double()
+    model = double_sae(hp, x)
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[:10] = True
+    pre_acts = model.pre_acts(x)
+    sae_module.auxiliary_loss(model, pre_acts, x, dead).backward()
+    assert model.W_dec.grad[:10].abs().sum() > 0
+    assert model.W_dec.grad[10:].abs().sum() == 0
+    assert model.W_enc.grad[:, 10:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("l1", "l2", "l1_form", "l2_form", "value"),
+    [
+        (0, 1, "sum", "squares", 1 + 4 + 9 + 16),
+        (0, 1, "sum", "norms", math.sqrt(5) + 5),
+        (1, 0, "sum", "squares", 1 + 2 + 3 + 4),
+        (1, 0, "mean", "squares", 1.5 + 3.5),
+        (0.5, 0.1, "mean", "squares", 0.5 * 5 + 0.1 * 30),
+        (0, 0, "sum", "squares", 0),
+    ],
+)
+def test_weight_penalty_by_hand(l1, l2, l1_form, l2_form, value):
+    model = SAE(1, 2)
+    with torch.no_grad():
+        model.W_enc.copy_(torch.tensor([[1.0, -2.0]]))
+        model.W_dec.copy_(torch.tensor([[3.0], [-4.0]]))
+        model.b_enc.fill_(100)
+        model.b_dec.fill_(100)
+    penalty = weight_penalty(model, l1, l2, l1_form, l2_form)
+    assert math.isclose(penalty.item(), value, rel_tol=1e-6)
+    if not penalty.requires_grad:
+        return
+    penalty.backward()
+    for W, n in ((model.W_enc, 2), (model.W_dec, 2)):
+        by_l2 = 2 * W if l2_form == "squares" else W / W.norm()
+        expected = l1 * W.sign() / (n if l1_form == "mean" else 1) + l2 * by_l2
+        assert torch.allclose(W.grad, expected.detach())
+    assert model.b_enc.grad is None
+    assert model.b_dec.grad is None
+
+
+def test_frobenius_penalty_of_zero_weights_has_no_gradient_of_nan():
+    model = SAE(3, 4)
+    weight_penalty(model, 0, 1, l2_form="norms").backward()
+    assert model.W_enc.grad.isfinite().all()
+
+
+# --- initialisation and constraints
+
+
+def test_tied_initialisation_is_a_unit_decoder_and_its_transpose():
+    model = SAE(12, 64)
+    initialise(model, small(), data(100))
+    assert torch.allclose(model.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    assert torch.equal(model.W_enc, model.W_dec.T)
+    assert torch.equal(model.b_dec, geometric_median(data(100)))
+    assert (model.b_enc == 0).all()
+
+
+def test_independent_initialisation_is_kaiming_uniform_with_each_matrix_own_fan_in():
+    hp = small(tied_init=False, biases=False, d_in=200, d_sae=400)
+    model = SAE(200, 400)
+    initialise(model, hp, data(10, 200))
+    for W, fan_in in ((model.W_enc, 200), (model.W_dec, 400)):
+        bound = math.sqrt(6 / fan_in)
+        assert 0.99 * bound < W.abs().max() <= bound
+        assert math.isclose(W.var().item(), bound**2 / 3, rel_tol=0.02)
+    assert abs(torch.corrcoef(torch.stack([model.W_enc.flatten(), model.W_dec.T.flatten()]))[0, 1]) < 0.02
+    assert (model.b_dec == 0).all()
+
+
+def test_geometric_median_minimises_the_sum_of_distances():
+    x = torch.cat([data(50, 3), data(5, 3, seed=1) + 100]).double()  # outliers hardly move it
+    median = geometric_median(x, steps=1000, tolerance=1e-10)
+
+    def cost(point):
+        return (x - point).norm(dim=1).sum()
+
+    assert (median - x[:50].median(0).values).norm() < 1
+    for direction in torch.cat([torch.eye(3), -torch.eye(3)]).double():
+        assert cost(median + 1e-3 * direction) > cost(median)
+
+
+@pytest.mark.parametrize("arch", ["relu", "topk"])
+def test_unit_norm_holds_after_many_steps(arch):
+    trainer = train(small(arch, unit_norm=True, l2=1e-3))
+    assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    assert not torch.allclose(train(small(arch)).sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-3)
+
+
+def test_parallel_gradient_is_removed_to_nothing_but_tangents():
+    model = double_sae(small(), data().double())
+    model.W_dec.grad = torch.randn_like(model.W_dec)
+    before = model.W_dec.grad.clone()
+    sae_module.remove_parallel_gradient(model)
+    assert ((model.W_dec.grad * model.W_dec).sum(1)).abs().max() < 1e-12
+    removed = before - model.W_dec.grad  # and what went is parallel to the row
+    assert torch.allclose(removed, (removed * model.W_dec).sum(1, keepdim=True) * model.W_dec, atol=1e-12)
+
+
+def test_biases_off_stay_zero():
+    trainer = train(small("relu", biases=False, tied_init=False))
+    assert (trainer.sae.b_enc == 0).all()
+    assert (trainer.sae.b_dec == 0).all()
+
+
+# --- training
+
+
+def train(hp, seed=0, steps=None):
+    trainer = Trainer(hp, data(hp.batch_size, hp.d_in))
+    for step in range(steps or hp.steps):
+        trainer.train_step(data(hp.batch_size, hp.d_in, seed=seed * 1000 + step))
+    return trainer
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_training_lowers_the_error_of_every_architecture(arch):
+    hp = small(arch, steps=300, reduction="mean")
+    before = train(hp, steps=1)
+    x = data(200, seed=77)
+    errors = [(t.sae(x) - x).square().mean().item() for t in (before, train(hp))]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_step_is_adam_on_the_clipped_gradient():
+    hp = small("relu", warmup=0, decay=0.0, clip=0.01, l2=1e-3)
+    trainer = Trainer(hp, data())
+    model = SAE(12, 64, "relu")
+    model.load_state_dict(trainer.sae.state_dict())
+    adam = torch.optim.Adam(model.parameters(), lr=hp.lr)
+    for step in range(5):
+        x = data(seed=step)
+        trainer.train_step(x)
+        adam.zero_grad()
+        total_loss(model, hp, x, hp.k)[0].backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1, 0.01 / norm)
+        adam.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, trainer.sae.get_parameter(name), atol=1e-6), name
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_zero():
+    hp = replace(small(), lr=1.0, steps=100, warmup=10, decay=0.2)
+    rates = [learning_rate(hp, step) for step in range(101)]
+    assert rates[0] == 0
+    assert math.isclose(rates[5], 0.5)
+    assert rates[10:81] == [1.0] * 71
+    assert math.isclose(rates[90], 0.5)
+    assert rates[100] == 0
+    assert learning_rate(replace(hp, warmup=0, decay=0.0), 0) == 1
+
+
+def test_k_falls_linearly_from_d_in_to_its_target():
+    hp = replace(small(), d_in=50, k=10, steps=1000, k_anneal=0.1)
+    assert [annealed_k(hp, step) for step in (0, 50, 100, 999)] == [50, 30, 10, 10]
+    assert annealed_k(replace(hp, k_anneal=0.0), 0) == 10
+    assert annealed_k(replace(hp, d_in=5), 0) == 10, "never below the target"
+
+
+def test_dead_counters_count_inputs_since_a_latent_fired():
+    trainer = Trainer(small("relu", lr=1e-9), data())
+    with torch.no_grad():
+        trainer.sae.b_enc[0] = -1e6
+    for step in range(3):
+        trainer.train_step(data(seed=step))
+    assert trainer.inputs_since_fired[0] == 3 * 16
+    fires = (trainer.sae.encode(data(seed=2)) > 0).any(0)
+    assert (trainer.inputs_since_fired[fires] == 0).all()
+
+
+def test_auxiliary_loss_trains_latents_that_never_win():
+    def encoder_norms(aux):
+        hp = small(aux=aux, dead_after=32, steps=100, k_anneal=0.0, warmup=0)
+        trainer = Trainer(hp, data())
+        with torch.no_grad():
+            trainer.sae.W_enc[:, :20] *= 0.01  # positive now and then, never among the top k
+        for step in range(hp.steps):
+            trainer.train_step(data(seed=step))
+        return trainer.sae.W_enc[:, :20].norm(dim=0)
+
+    assert (encoder_norms(0.0) < 0.011).all()
+    assert (encoder_norms(1 / 32) > 0.1).all()
+
+
+def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
+    hp = small("batchtopk", threshold_start=3, lr=1e-9)
+    trainer, expected = Trainer(hp, data()), None
+    for step in range(10):
+        x = data(seed=step)
+        kept = batchtopk(trainer.sae.pre_acts(x), annealed_k(hp, step)).detach()
+        smallest = kept[kept > 0].min().item()
+        if step >= 3:
+            expected = smallest if expected is None else 0.999 * expected + 0.001 * smallest
+        trainer.train_step(x)
+    assert torch.allclose(trainer.sae.threshold, torch.full((64,), expected), rtol=1e-5)
+
+
+def test_batchtopk_without_any_positive_activation_leaves_the_threshold_alone():
+    trainer = Trainer(small("batchtopk"), data())
+    trainer.sae.threshold.fill_(0.5)
+    trainer.step = 30
+    trainer.update_threshold(torch.zeros(4, 64))
+    assert (trainer.sae.threshold == 0.5).all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_same_seed_same_bits_other_seed_other_weights(arch):
+    weights = [train(small(arch, seed=seed)).sae.W_dec for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resumed_training_equals_uninterrupted_bit_for_bit(arch, tmp_path):
+    hp = small(arch, steps=250, dead_after=64, l2=1e-3)
+    whole = train(hp)
+    half = train(hp, steps=133)
+    half.save_checkpoint(tmp_path)
+    resumed = Trainer(hp, data())
+    resumed.resume(tmp_path)
+    for step in range(resumed.step, hp.steps):
+        resumed.train_step(data(seed=step))
+    for name, tensor in whole.sae.state_dict().items():
+        assert torch.equal(tensor, resumed.sae.state_dict()[name]), name
+    assert resumed.metrics == whole.metrics
+    assert torch.equal(resumed.inputs_since_fired, whole.inputs_since_fired)
+
+
+def test_bfloat16_follows_float32_within_its_rounding():
+    exact = train(small("relu", l2=1e-3))
+    rounded = train(small("relu", l2=1e-3, dtype="bfloat16"))
+    assert rounded.bfloat16
+    assert not exact.bfloat16
+    assert rounded.sae.W_enc.dtype == torch.float32
+    assert math.isclose(exact.metrics[-1]["loss"], rounded.metrics[-1]["loss"], rel_tol=0.02)
+    assert not torch.equal(exact.sae.W_enc, rounded.sae.W_enc)
+
+
+def test_auto_dtype_asks_the_hardware(monkeypatch):
+    for flags, expected in (("flags: avx2 amx_bf16 amx_tile", True), ("flags: avx2", False)):
+        monkeypatch.setattr(sae_module, "cpu_flags", lambda flags=flags: flags)
+        assert use_bfloat16(small(dtype="auto"), torch.device("cpu")) is expected
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    trainer = train(small("relu", steps=1000), steps=10)
+    trainer.save_checkpoint(tmp_path)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        trainer.sae.W_enc[0, 0] = math.nan
+    with pytest.raises(RunError, match="not finite at step 10: lower"):
+        trainer.save_checkpoint(tmp_path)
+    with pytest.raises(RunError, match="not finite at step 100"):
+        for step in range(100):
+            trainer.train_step(data(seed=step))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arch": "gated"}, "--arch gated: choose from relu, topk"),
+        ({"l2": -1e-5}, "--l2 -1e-05"),
+        ({"l1": math.nan}, "--l1 nan"),
+        ({"k": 65}, "--k 65: give a number from 1 to --d-sae, which is 64"),
+        ({"k": 0}, "--k 0"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"d_sae": 0, "k": 0}, "--d-sae 0"),
+        ({"arch": "matryoshka", "d_sae": 20}, "--d-sae 20"),
+        ({"l2_form": "cubes"}, "--l2-form cubes"),
+        ({"dtype": "float8"}, "--dtype float8"),
+        ({"decay": 1.5}, "--decay 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_name_their_flag(wrong, message):
+    with pytest.raises(UsageError) as error:
+        Hparams(**SMALL | wrong)
+    assert message in str(error.value)
+
+
+def test_run_names_tell_settings_apart():
+    usual = Hparams()
+    assert run_name(Hparams(l2=1e-4), usual) == "topk_k40_l2-0.0001_seed0"
+    assert (
+        run_name(Hparams(arch="relu", l1=1e-3, unit_norm=True, seed=2), usual) == "relu_l2-0_l1-0.001_unit-norm_seed2"
+    )
+    changes = [{"lr": 1e-3}, {"k": 80}, {"l2": 1e-5}, {"seed": 1}, {"data_seed": 1}, {"tied_init": False}, {"steps": 9}]
+    names = {run_name(Hparams(**change), usual) for change in [{}, *changes]}
+    assert len(names) == len(changes) + 1
+
+
+# --- files
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_save_and_load_round_trip(arch, tmp_path):
+    trainer = train(small(arch))
+    trainer.finish(tmp_path, {"seed": 3, "l2": 1e-4})
+    loaded, x = SAE.load(tmp_path), data(30)
+    trainer.sae.eval()
+    assert torch.equal(loaded.encode(x), trainer.sae.encode(x))
+    assert torch.equal(loaded(x), trainer.sae(x))
+    assert (loaded.arch, loaded.k) == (arch, 5)
+    assert loaded.metadata["seed"] == 3
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert cfg["architecture"] == {"relu": "standard", "topk": "topk"}.get(arch, "jumprelu")
+    assert is_complete(tmp_path, trainer.hp)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 40
+    assert set(rows[-1]) == {"step", "loss", "recon", "l0", "fve", "penalty", "dead", "lr"}
+
+
+def foreign(tmp_path, cfg, tensors):
+    """A folder in SAELens' format that somebody else wrote."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 12, "d_sae": 64, "dtype": "float32"} | cfg))
+    return SAE.load(tmp_path)
+
+
+def random_tensors():
+    return {"W_enc": data(12, 64), "b_enc": data(1, 64)[0], "W_dec": data(64, 12, seed=5), "b_dec": data(1, 12)[0]}
+
+
+def test_load_folds_an_encoder_that_does_not_centre_its_input(tmp_path):
+    t, x = random_tensors(), data(9)
+    loaded = foreign(tmp_path, {"architecture": "standard", "apply_b_dec_to_input": False}, t)
+    assert torch.allclose(loaded.encode(x), (x @ t["W_enc"] + t["b_enc"]).relu(), atol=1e-5)
+
+
+def test_load_folds_activations_rescaled_by_decoder_norm(tmp_path):
+    t, x = random_tensors(), data(9)
+    cfg = {"architecture": "topk", "k": 7, "rescale_acts_by_decoder_norm": True}
+    loaded, norm = foreign(tmp_path, cfg, t), t["W_dec"].norm(dim=1)
+    acts = topk(((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * norm, 7)
+    assert torch.allclose(loaded.encode(x), acts, atol=1e-5)
+    assert torch.allclose(loaded(x), (acts / norm) @ t["W_dec"] + t["b_dec"], atol=1e-4)
+
+
+def test_load_takes_a_jumprelu_with_a_threshold_of_its_own_per_latent(tmp_path):
+    t, x = random_tensors() | {"threshold": data(1, 64, seed=9)[0].abs()}, data(9)
+    loaded = foreign(tmp_path, {"architecture": "jumprelu"}, t)
+    pre = (x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+    assert loaded.arch == "jumprelu"
+    assert torch.allclose(loaded.encode(x), torch.where(pre > t["threshold"], pre, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE"])
+def test_load_reads_the_linear_layers_of_dictionary_learning(kind, tmp_path):
+    t, x = random_tensors(), data(9)
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
+    state = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
+    state |= {bias: t["b_dec"], "k": torch.tensor(7), "threshold": torch.tensor(0.8)}
+    torch.save(state, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind, "seed": 4}}))
+    loaded = SAE.load(tmp_path)
+    centred = x if kind == "AutoEncoderNew" else x - t["b_dec"]
+    pre = (centred @ t["W_enc"] + t["b_enc"]).relu()
+    acts = {"AutoEncoderTopK": topk(pre, 7), "BatchTopKSAE": torch.where(pre > 0.8, pre, 0)}.get(kind, pre)
+    assert torch.allclose(loaded.encode(x), acts, atol=1e-5)
+    assert torch.allclose(loaded(x), acts @ t["W_dec"] + t["b_dec"], atol=1e-4)
+    assert loaded.metadata["seed"] == 4
+
+
+def test_load_reads_matryoshka_of_dictionary_learning_with_an_unset_threshold(tmp_path):
+    t, x = random_tensors(), data(9)
+    state = t | {"k": torch.tensor(7), "threshold": torch.tensor(-1.0), "group_sizes": torch.tensor([32, 32])}
+    torch.save(state, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "MatryoshkaBatchTopKSAE"}}))
+    acts = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    assert torch.allclose(SAE.load(tmp_path).encode(x), acts, atol=1e-5)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb_went_off", "w"))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+    for write in (lambda f: torch.save({"bias": Bomb()}, f), lambda f: f.write_bytes(pickle.dumps(Bomb()))):
+        write(tmp_path / "ae.pt")
+        with pytest.raises(UsageError, match="holds more than tensors"):
+            SAE.load(tmp_path)
+    assert not (tmp_path / "bomb_went_off").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "no_weights", "cut", "no_cfg_keys", "bad_json", "gated", "missing_tensor"])
+def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
+    folder = tmp_path / "run"
+    if damage == "empty":
+        folder.mkdir()
+    else:
+        train(small(), steps=1).sae.save(folder)
+        weights, cfg = folder / "sae_weights.safetensors", folder / "cfg.json"
+        if damage == "no_weights":
+            weights.unlink()
+        elif damage == "cut":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        elif damage == "no_cfg_keys":
+            cfg.write_text("{}")
+        elif damage == "bad_json":
+            cfg.write_text('{"architecture": ')
+        elif damage == "gated":
+            cfg.write_text('{"architecture": "gated"}')
+        else:
+            foreign_tensors = random_tensors()
+            del foreign_tensors["W_dec"]
+            with pytest.raises(UsageError, match="W_dec"):
+                foreign(folder, {"architecture": "standard"}, foreign_tensors)
+            return
+    with pytest.raises(UsageError, match="run"):
+        SAE.load(folder)
+
+
+def test_an_unfinished_run_folder_says_so(tmp_path):
+    train(small(), steps=2).save_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="unfinished"):
+        SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 100, -200])
+def test_a_damaged_checkpoint_names_itself_and_the_way_out(cut, tmp_path):
+    train(small(), steps=2).save_checkpoint(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged .* delete it to start over"):
+        Trainer(small(), data()).resume(tmp_path)
+
+
+def test_a_folder_of_other_settings_is_not_taken_for_this_run(tmp_path):
+    write_hparams(tmp_path, small(lr=0.5), complete=True, bfloat16=False)
+    with pytest.raises(UsageError, match=r"--lr 0\.5 instead of 0\.01: give another --out"):
+        is_complete(tmp_path, small())
+    train(small(lr=0.5), steps=2).save_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match=r"--lr 0\.5 instead of 0\.01"):
+        Trainer(small(), data()).resume(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RunError, match="No space left on device"), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
