@@ -6,8 +6,8 @@
 A run is a folder that train_mnist.py or train_pythia.py wrote, or anyone's in the format of SAELens or of
 dictionary_learning. A reading order: `quality`, then `match_pair` (two SAEs), then `sharedness` (many).
 
-Dead features: a latent whose encoder column or decoder row has norm zero has no direction, and matches
-nothing. So every share is given twice: over all d_sae features, and over those alive (by weight) alone.
+Dead features: a latent whose encoder column or decoder row has (all but) vanished has no direction, and matches
+nothing. So every share is given twice: over all d_sae features, and over those alive, each SAE over its own.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import SAE, Parser, UsageError, check_writable, read_json, replacing, run_command, write_json
+from sae import SAE, Parser, UsageError, check_writable, make_folder, read_json, replacing, run_command, write_json
 
-DEAD_NORM = 1e-3  # a norm below this share of the largest counts as zero: pruned weights are on their way there
+# A norm below this share of the largest counts as zero. Under an L2 penalty the weights of a latent that never
+# fires fall towards zero exponentially, and those that died last are still on their way.
+DEAD_NORM = 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -34,7 +37,7 @@ DEAD_NORM = 1e-3  # a norm below this share of the largest counts as zero: prune
 
 @torch.no_grad()
 def alive_by_weight(sae):
-    """[d_sae] bool: latents whose encoder column and decoder row both have a norm above zero."""
+    """[d_sae] bool: latents whose encoder column and decoder row both have a norm, see DEAD_NORM."""
     norms = torch.stack([sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)])
     return (norms > DEAD_NORM * norms.amax(1, keepdim=True)).all(0)
 
@@ -44,7 +47,7 @@ def quality(sae, batches):
     """What an SAE in eval mode does to held-out data: a dict for quality.json, and mean acts [d_sae].
 
     `batches` is an iterable of x [B, d_in]. recon: squared error per input and dimension. fve: fraction of
-    variance explained. l0: latents on per input. Dead by weight: norm zero; dead by use: never on here.
+    variance explained. l0: latents on per input. Alive and dead by weight: see DEAD_NORM; by use: never on here.
     """
     inputs, error, l0 = 0, 0.0, 0.0
     total, total_square = torch.zeros(2, sae.d_in, dtype=torch.float64)
@@ -59,10 +62,16 @@ def quality(sae, batches):
         fired |= (acts > 0).any(0).cpu()
         inputs += len(x)
     variance = (total_square - total.square() / inputs).sum().item()
-    alive, used = alive_by_weight(sae).sum().item(), fired.sum().item()
-    result = {"inputs": inputs, "recon": error / inputs / sae.d_in, "fve": 1 - error / variance, "l0": l0 / inputs}
-    result |= {"alive_by_weight": alive, "dead_by_weight": sae.d_sae - alive}
-    result |= {"alive_by_use": used, "dead_by_use": sae.d_sae - used}
+    alive = alive_by_weight(sae).sum().item()
+    result = {
+        "inputs": inputs,
+        "recon": error / inputs / sae.d_in,
+        "fve": 1 - error / variance if variance > 0 else None,
+        "l0": l0 / inputs,
+        "alive": alive,
+        "dead_by_weight": sae.d_sae - alive,
+        "dead_by_use": sae.d_sae - fired.sum().item(),
+    }
     return result | geometry(sae), act_sum / inputs
 
 
@@ -74,7 +83,7 @@ def geometry(sae):
     own = (decoder * encoder).sum(1)
     result = {"enc_dec_cos": {"mean": own.mean().item(), "median": own.median().item()} if len(own) else None}
     if len(decoder) < 2:
-        return result | {"decoder_cos": None}
+        return result | {"orthogonality": None}
     # All pairs as a histogram of 10,000 bins, block by block: at d_sae = 16,384 there are 134 million of them.
     counts, largest = torch.zeros(10_000, dtype=torch.float64), 0.0
     for start in range(0, len(decoder), 1024):
@@ -87,7 +96,7 @@ def geometry(sae):
     share = (counts.cumsum(0) / counts.sum()).numpy()
     quantile = {name: middles[np.searchsorted(share, q)] for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
     mean = float((counts.numpy() * middles).sum() / counts.sum())
-    return result | {"decoder_cos": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": largest}}
+    return result | {"orthogonality": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": largest}}
 
 
 def unit_rows(W):
@@ -197,25 +206,37 @@ def find_runs(paths):
     return list(dict.fromkeys(runs))
 
 
-def load_groups(folders, seed_flags=("seed", "data_seed")):
-    """Load runs and group those that differ in their seed alone: {label: (config, seeds, saes)}.
+def describe(folder):
+    """Load the SAE of a run folder: it, its seeds (seed, data_seed), and its configuration without them.
 
-    The configuration is that of hparams.json; in a folder that somebody else wrote, architecture, shape and
-    penalties. The seed is that of hparams.json, of the metadata, or else the position in the order given.
+    The configuration is that of hparams.json; in a folder that somebody else wrote, what its metadata say.
     """
+    sae = SAE.load(folder)
+    if (folder / "hparams.json").exists():
+        config = dict(read_json(folder / "hparams.json").get("hparams", {}))
+    else:
+        config = {"arch": sae.arch, "k": sae.k, "d_in": sae.d_in, "d_sae": sae.d_sae}
+        names = ("l1", "l2", "model_name", "lm_name", "hook_name", "layer", "submodule_name", "seed", "data_seed")
+        config |= {name: sae.metadata[name] for name in names if name in sae.metadata}
+    return sae, (config.pop("seed", None), config.pop("data_seed", None)), config
+
+
+def load_groups(folders):
+    """Load runs and group those of one configuration: a list of {label, config, seeds, saes, folders}.
+
+    Seeds and data seeds may vary together; where runs share a seed but not a data seed, each data seed is a group.
+    A run without a seed of its own takes its place in the order given.
+    """
+    runs = [(folder, *describe(folder)) for folder in folders]
+    same_seed = Counter((seeds[0], json.dumps(config, sort_keys=True)) for _, _, seeds, config in runs)
     groups = {}
-    for folder in folders:
-        sae = SAE.load(folder)
-        seed = sae.metadata.get("seed")
-        if (folder / "hparams.json").exists():
-            hparams = read_json(folder / "hparams.json").get("hparams", {})
-            config = {name: value for name, value in hparams.items() if name not in seed_flags}
-        else:
-            config = {"arch": sae.arch, "k": sae.k, "d_in": sae.d_in, "d_sae": sae.d_sae}
-            config |= {name: sae.metadata[name] for name in ("l1", "l2") if name in sae.metadata}
-        label = re.sub(r"_(data-)?seed-?\d+", "", folder.resolve().name)
+    for folder, sae, (seed, data_seed), config in runs:
         key = json.dumps(config, sort_keys=True)
-        group = groups.setdefault(key, {"label": label, "config": config, "seeds": [], "saes": [], "folders": []})
+        if seed is not None and same_seed[seed, key] > 1:
+            config["data_seed"] = data_seed
+        label = re.sub(r"_seed-?\d+", "", folder.resolve().name)
+        group = {"label": label, "config": config, "seeds": [], "saes": [], "folders": []}
+        group = groups.setdefault(key + str(config.get("data_seed")), group)
         group["seeds"].append(seed)
         group["saes"].append(sae)
         group["folders"].append(folder)
@@ -265,6 +286,7 @@ def consistency_table(groups):
 def write_consistency(groups, path):
     """The JSON file, and the two pictures beside it."""
     path = Path(path)
+    make_folder(path.parent)
     write_json(path, {"groups": [{"label": g["label"], "config": g["config"]} | g["figures"] for g in groups]})
     save_figure(plot_shares(groups), path.with_name(path.stem + "_shares.png"))
     save_figure(plot_best_matches(groups), path.with_name(path.stem + "_cosines.png"))

@@ -22,6 +22,7 @@ Feature i is the encoder column W_enc[:, i] and the decoder row W_dec[i].
 
 import argparse
 import json
+import math
 import os
 import pickle
 import platform
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,8 +39,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 ARCHS = ("relu", "topk", "batchtopk", "matryoshka")
+CHECKPOINT_SECONDS = 30  # at most so much work is lost to a kill; Ctrl-C and SIGTERM lose nothing
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl; the only steps that wait for the device
 
 
@@ -62,7 +66,7 @@ class Hparams:
     d_in: int = 512
     d_sae: int = 16_384
     k: int = 40  # active latents per input; for batchtopk and matryoshka the mean over a batch; unused by relu
-    sparsity: float = 0.0  # weight of the L1 norm of acts; relu only, where nothing else makes acts sparse
+    sparsity: float = 0.0  # weight of the sum or mean (see reduction) of acts, relu only: TopK needs none
     l1: float = 0.0  # weight of the L1 penalty on the weights
     l2: float = 0.0  # weight of the L2 penalty on the weights
     l1_form: str = "sum"  # one of L1_FORMS
@@ -70,7 +74,7 @@ class Hparams:
     tied_init: bool = True  # encoder starts as the decoder's transpose; else each is drawn by itself
     unit_norm: bool = False  # decoder rows are kept at norm 1
     biases: bool = True  # train b_enc and b_dec; else both stay 0
-    reduction: str = "sum"  # errors are summed over d_in ("sum", Pythia) or averaged over it ("mean", MNIST)
+    reduction: str = "sum"  # of errors over d_in and of acts over d_sae: "sum" (Pythia) or "mean" (MNIST)
     aux: float = 1 / 32  # weight of the auxiliary loss, TopK family only
     dead_after: int = 10_000_000  # a latent that has not fired for so many inputs counts as dead
     lr: float = 5e-5  # Adam, betas (0.9, 0.999)
@@ -83,7 +87,7 @@ class Hparams:
     threshold_start: int = 1000  # first step of the running mean that becomes the inference threshold
     seed: int = 0  # initialisation
     data_seed: int = 0  # order of the data
-    data: str = ""  # what was trained on, in a word
+    data: str = ""  # what was trained on
     dtype: str = "auto"  # matrix products: float32, bfloat16 (autocast), or bfloat16 where the hardware has it
 
     def __post_init__(self):
@@ -166,15 +170,16 @@ class SAE(nn.Module):
         self.metadata = {}  # of a loaded SAE: where it came from
         # Matryoshka: nested dictionaries of 1/32, 3/32, 7/32, 15/32 and all of the latents. Each prefix must
         # reconstruct x by itself, so general features come first. Every other architecture has one group.
-        self.groups = [d_sae]
+        self.group_sizes = [d_sae]
         if arch == "matryoshka":
             first = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]
-            self.groups = [*first, d_sae - sum(first)]
+            self.group_sizes = [*first, d_sae - sum(first)]
 
     def pre_acts(self, x):
         """[B, d_in] -> [B, d_sae]"""
-        # Equal to (x - b_dec) @ W_enc + b_enc. The last term is zero; it is there for b_dec's gradient, which
-        # is then a product of a vector with W_enc. Through x - b_dec it would cost a product over the batch.
+        # Equal to (x - b_dec) @ W_enc + b_enc. The last term is zero; it carries b_dec's gradient, which is then
+        # a product of a vector with W_enc. Through x - b_dec it would cost one more product over the batch.
+        # (Adding -b_dec @ W_enc to b_enc would do too, but in bfloat16 it cancels badly against x @ W_enc.)
         b_dec = self.b_dec.detach()
         return (x - b_dec) @ self.W_enc + (self.b_enc + (b_dec - self.b_dec) @ self.W_enc)
 
@@ -191,12 +196,12 @@ class SAE(nn.Module):
         """[B, d_in] -> acts [B, d_sae]"""
         return self.activate(self.pre_acts(x), self.k)
 
-    def prefixes(self, acts):
+    def decode_prefixes(self, acts):
         """The reconstructions [B, d_in] by each nested prefix of the latents, the last being x_hat."""
-        if len(self.groups) == 1:
+        if len(self.group_sizes) == 1:
             return [self.decode(acts)]
         x_hat, reconstructions = self.b_dec, []
-        for group_acts, group_W_dec in zip(acts.split(self.groups, dim=-1), self.W_dec.split(self.groups)):
+        for group_acts, group_W_dec in zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes)):
             x_hat = x_hat + group_acts @ group_W_dec
             reconstructions.append(x_hat)
         return reconstructions
@@ -214,13 +219,20 @@ class SAE(nn.Module):
         jump = self.arch in ("batchtopk", "matryoshka", "jumprelu")
         names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * jump
         tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in names}
-        cfg = {"architecture": "jumprelu" if jump else {"relu": "standard"}.get(self.arch, self.arch)}
+        cfg = {
+            "architecture": "jumprelu" if jump else {"relu": "standard"}.get(self.arch, self.arch),
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            # SAELens drops all metadata of a file that does not claim to be of its version 6
+            "metadata": {"sae_lens_version": "6.0.0", "arch": self.arch, "k": self.k} | (metadata or {}),
+        }
         if self.arch == "topk":
             cfg |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
-        cfg |= {"d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32", "device": "cpu"}
-        cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-        # SAELens drops all metadata of a file that does not claim to be of its version 6
-        cfg["metadata"] = {"sae_lens_version": "6.0.0", "arch": self.arch, "k": self.k} | (metadata or {})
         with replacing(folder / "sae_weights.safetensors") as path:
             save_file(tensors, path)
         write_json(folder / "cfg.json", cfg)
@@ -240,21 +252,16 @@ def initialise(sae, hp, first_batch):
     """Draw the weights from hp.seed, on the CPU, so that every device starts alike."""
     generator = torch.Generator().manual_seed(hp.seed)
 
-    def kaiming_uniform(fan_in, *shape):
+    def kaiming_uniform(fan_in, fan_out):
         bound = (6 / fan_in) ** 0.5  # gain of ReLU
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=generator)
 
-    W_dec = kaiming_uniform(hp.d_sae, hp.d_sae, hp.d_in)
-    if hp.tied_init:
+    W_dec = kaiming_uniform(hp.d_sae, hp.d_in)
+    if hp.tied_init or hp.unit_norm:
         W_dec /= W_dec.norm(dim=1, keepdim=True)
-        W_enc = W_dec.T
-    else:
-        W_enc = kaiming_uniform(hp.d_in, hp.d_in, hp.d_sae)
     sae.W_dec.copy_(W_dec)
-    sae.W_enc.copy_(W_enc)
-    if hp.unit_norm:
-        rescale_decoder(sae)
-    if hp.biases and hp.tied_init:
+    sae.W_enc.copy_(W_dec.T if hp.tied_init else kaiming_uniform(hp.d_in, hp.d_sae))
+    if hp.biases:
         sae.b_dec.copy_(geometric_median(first_batch))
 
 
@@ -307,12 +314,12 @@ def auxiliary_loss(sae, pre_acts, residual, dead):
     """Gao et al. 2024 (arXiv:2406.04093), A.2: dead latents reconstruct what the living ones left over.
 
     Only the d_in / 2 strongest of the `dead` [d_sae] take part. The residual x - x_hat is a constant here, and
-    the error is measured in units of its variance.
+    the error is measured in units of its variance. Zero where no latent is dead.
     """
     candidates = torch.where(dead, pre_acts, 0)
     reconstruction = topk(candidates, min(sae.d_in // 2, sae.d_sae)) @ sae.W_dec
     variance = squared_error(residual.mean(0), residual, "sum")
-    return squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
+    return dead.any() * squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
 
 
 def total_loss(sae, hp, x, k, dead=None):
@@ -322,7 +329,7 @@ def total_loss(sae, hp, x, k, dead=None):
     """
     pre_acts = sae.pre_acts(x)
     acts = sae.activate(pre_acts, k)
-    prefixes = sae.prefixes(acts)
+    prefixes = sae.decode_prefixes(acts)
     recon = sum(squared_error(x_hat, x, hp.reduction) for x_hat in prefixes) / len(prefixes)
     penalty = weight_penalty(sae, hp.l1, hp.l2, hp.l1_form, hp.l2_form)
     loss = recon + penalty
@@ -345,9 +352,9 @@ def rescale_decoder(sae):
 
 @torch.no_grad()
 def remove_parallel_gradient(sae):
-    """Drop from the decoder's gradient what would only change the norm of a unit row."""
-    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    sae.W_dec.grad -= (sae.W_dec.grad * unit).sum(1, keepdim=True) * unit
+    """Remove the part of the decoder's gradient that is parallel to its row and would only change its norm."""
+    W_dec = sae.W_dec  # its rows have norm 1
+    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
 
 
 def learning_rate(hp, step):
@@ -406,6 +413,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss, parts = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
         loss.backward()
+        # The usual practice for the TopK family; the study's ReLU SAEs are rescaled after the step and no more. Note
+        # that it removes the L2 penalty's gradient on the decoder too, leaving the penalty on the encoder alone.
         if hp.unit_norm and hp.arch != "relu":
             remove_parallel_gradient(sae)
         if hp.clip:
@@ -427,52 +436,60 @@ class Trainer:
     def update_threshold(self, acts):
         """The smallest activation that batchtopk keeps, as a running mean (beta 0.999) from threshold_start on."""
         start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need a threshold too
+        if self.step < start:
+            return
         smallest = torch.where(acts > 0, acts, torch.inf).min().float()
-        smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)
-        if self.step >= start:
-            self.sae.threshold.lerp_(smallest.expand_as(self.sae.threshold), 1.0 if self.step == start else 0.001)
+        smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)  # a batch may keep nothing
+        self.sae.threshold.lerp_(smallest, 1.0 if self.step == start else 0.001)
 
     @torch.no_grad()
     def log(self, x, loss, parts):
-        acts, error = parts["acts"], squared_error(parts["x_hat"], x, "mean")
-        row = {"step": self.step, "loss": loss.item(), "recon": parts["recon"].item()}
-        row["l0"] = (acts > 0).sum(1).float().mean().item()
-        row["fve"] = 1 - (error / x.var(0, unbiased=False).mean().clamp(min=1e-12)).item()
-        row["penalty"] = parts["penalty"].item()
-        row["dead"] = int((self.inputs_since_fired >= self.hp.dead_after).sum())
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        error, variance = squared_error(parts["x_hat"], x, "sum"), squared_error(x.mean(0), x, "sum")
+        row = {
+            "step": self.step,
+            "loss": loss.item(),
+            "recon": parts["recon"].item(),
+            "l0": (parts["acts"] > 0).sum(1).float().mean().item(),
+            "fve": 1 - (error / variance.clamp(min=1e-12)).item(),
+            "penalty": parts["penalty"].item(),
+            "dead": int((self.inputs_since_fired >= self.hp.dead_after).sum()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         self.metrics.append(row)
         self.check_finite(row["loss"])
 
     def check_finite(self, loss=0.0):
         """Raise RunError where the loss or a weight is not a finite number."""
-        weights = torch.stack([p.detach().isfinite().all() for p in self.sae.parameters()])
-        if not (torch.isfinite(torch.tensor(loss)) and weights.all()):
+        if not (math.isfinite(loss) and all(p.isfinite().all() for p in self.sae.parameters())):
             raise RunError(f"the loss is not finite at step {self.step}: lower --lr, --l1 or --l2")
 
-    def save_checkpoint(self, folder):
+    def save_checkpoint(self, folder, stream_state=None):
         """Write everything that `resume` needs to go on as if nothing had happened."""
-        self.check_finite()  # or the same command would start from the ruins
+        self.check_finite()  # resuming from weights that are not numbers would fail for ever
         state = {"hparams": asdict(self.hp), "step": self.step, "metrics": self.metrics}
         state |= {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state["inputs_since_fired"] = self.inputs_since_fired
+        state |= {"inputs_since_fired": self.inputs_since_fired, "stream": stream_state or {}}
         with replacing(make_folder(folder) / "checkpoint.pt") as path:
             torch.save(state, path)
         self.write_metrics(folder)
 
     def resume(self, folder):
-        """Go on from the checkpoint in `folder`, if there is one. Raises UsageError where it is unusable."""
+        """Go on from the checkpoint in `folder`, if there is one, and return the state of the stream at that step.
+
+        Raises UsageError where the checkpoint is unusable.
+        """
         path = Path(folder) / "checkpoint.pt"
         if not path.exists():
-            return
+            return {}
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["hparams"] != asdict(self.hp):
-                raise UsageError(f"{path} is of a run with {difference(state['hparams'], self.hp)}: delete it")
+            if changed := difference(state["hparams"], self.hp):
+                raise UsageError(f"{path} is of a run with {changed}: delete it")
             self.sae.load_state_dict(state["sae"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.inputs_since_fired.copy_(state["inputs_since_fired"])
             self.step, self.metrics = state["step"], state["metrics"]
+            return state["stream"]
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to start over") from None
 
@@ -489,6 +506,37 @@ class Trainer:
         (Path(folder) / "checkpoint.pt").unlink(missing_ok=True)
 
 
+def fit(trainers, stream, stop, stream_state=dict):
+    """Train all of {folder: Trainer} on the same stream of batches x [B, d_in] until each has had its steps.
+
+    The stream starts at the step of the one that is furthest behind; others wait there. Checkpoints are written
+    every CHECKPOINT_SECONDS, and before the RunError that answers `stop` (an event, see stop_signal);
+    `stream_state()` goes into them, for the caller to start the stream from again.
+    """
+    step = min(trainer.step for trainer in trainers.values())
+    steps = max(trainer.hp.steps for trainer in trainers.values())
+    name = next(iter(trainers)).name if len(trainers) == 1 else f"{len(trainers)} SAEs"
+    saved = time.monotonic()
+    with tqdm(total=steps, initial=step, desc=name, unit="step") as progress:
+        while step < steps:
+            x = next(stream)
+            for trainer in trainers.values():
+                if trainer.step == step < trainer.hp.steps:
+                    trainer.train_step(x)
+            step += 1
+            progress.update()
+            row = next(iter(trainers.values())).metrics[-1:]
+            if row and row[0]["step"] == step:
+                progress.set_postfix_str("loss {loss:.4f} fve {fve:.3f} l0 {l0:.0f}".format(**row[0]))
+            if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                for folder, trainer in trainers.items():
+                    if trainer.step == step:  # one that waits has its own, of a later place in the stream
+                        trainer.save_checkpoint(folder, stream_state())
+                saved = time.monotonic()
+            if stop.is_set():
+                raise RunError(f"interrupted at step {step} of {name}: the same command goes on from there")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Run folders
 
@@ -501,8 +549,13 @@ def write_hparams(folder, hp, complete, bfloat16):
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:
         commit = None
-    ran_on = {"python": platform.python_version(), "torch": torch.__version__, "git_commit": commit}
-    ran_on |= {"matrix_products": "bfloat16" if bfloat16 else "float32", "threads": torch.get_num_threads()}
+    ran_on = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "git_commit": commit,
+        "matrix_products": "bfloat16" if bfloat16 else "float32",
+        "threads": torch.get_num_threads(),
+    }
     write_json(make_folder(folder) / "hparams.json", {"hparams": asdict(hp), "complete": complete, "ran_on": ran_on})
 
 
@@ -512,19 +565,19 @@ def is_complete(folder, hp):
     if not path.exists():
         return False
     found = read_json(path)
-    if found.get("hparams") != asdict(hp):
-        raise UsageError(
-            f"{folder} holds a run with {difference(found.get('hparams', {}), hp)}: "
-            "give another --out, or delete that folder"
-        )
+    if changed := difference(found["hparams"], hp):
+        raise UsageError(f"{folder} holds a run with {changed}: give another --out, or delete that folder")
     return bool(found.get("complete"))
 
 
 def difference(found, hp):
-    """In words, how the settings found in a folder differ from hp."""
-    wanted = asdict(hp)
-    names = [name for name in wanted if found.get(name) != wanted[name]]
-    return ", ".join(f"{flag(name)} {found.get(name)} instead of {wanted[name]}" for name in names) or "other settings"
+    """In words, how the settings found in a file differ from hp; "" where they do not.
+
+    A setting that the file lacks has its default, so that a fork with a new one keeps its finished runs.
+    """
+    found, wanted = asdict(Hparams()) | found, asdict(hp)
+    names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    return ", ".join(f"{flag(name)} {found.get(name)} instead of {wanted.get(name)}" for name in names)
 
 
 def load(folder):
@@ -544,6 +597,8 @@ def load(folder):
             hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
             raise UsageError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
         d_in, d_sae = tensors["W_enc"].shape
+        if arch == "topk" and not 1 <= k <= d_sae:
+            raise UsageError(f"{folder}: a TopK SAE of {d_sae} latents with k = {k}")
         sae = SAE(d_in, d_sae, arch, k)
         threshold = tensors.pop("threshold", torch.zeros(()))
         tensors["threshold"] = threshold.float().clamp(min=0).expand(d_sae).clone()
@@ -558,16 +613,21 @@ def load(folder):
 
 def read_saelens(folder):
     cfg = read_json(folder / "cfg.json")
+    metadata = cfg.get("metadata") or {}
     names = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-    if cfg.get("architecture") not in names or cfg.get("activation_fn_str", "relu") not in ("relu", "topk"):
-        raise UsageError(f"{folder}: architecture {cfg.get('architecture')} is none of {', '.join(names)}")
-    if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
-        raise UsageError(
-            f"{folder}: normalize_activations {cfg['normalize_activations']} cannot be folded into weights"
-        )
+    arch = names.get(cfg.get("architecture"))
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"  # before SAELens 6
+    if arch == "relu" and activation == "topk":
+        arch = "topk"
+    k = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k") or metadata.get("k") or 0
+    if arch is None or activation not in ("relu", "topk"):
+        raise UsageError(f"{folder}: architecture {cfg.get('architecture')} with {activation} is not supported")
+    normalize = cfg.get("normalize_activations") or "none"
+    if normalize not in ("none", "expected_average_only_in"):
+        raise UsageError(f"{folder}: normalize_activations {normalize} depends on the input, so it cannot be folded")
     weights = load_file(folder / "sae_weights.safetensors")
     tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    if cfg["architecture"] == "jumprelu":
+    if arch == "jumprelu":
         tensors["threshold"] = weights["threshold"]
     if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
         norm = tensors["W_dec"].norm(dim=1)
@@ -576,11 +636,9 @@ def read_saelens(folder):
         tensors["W_dec"] /= norm.clamp(min=1e-12)[:, None]
     if not cfg.get("apply_b_dec_to_input", True):
         tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    metadata = cfg.get("metadata") or {}
-    arch = names[cfg["architecture"]]
-    if arch == "jumprelu":
-        arch = metadata["arch"] if metadata.get("arch") in ("batchtopk", "matryoshka") else arch
-    return arch, cfg.get("k") or metadata.get("k") or 0, tensors, metadata
+    if arch == "jumprelu" and metadata.get("arch") in ("batchtopk", "matryoshka"):
+        arch = metadata["arch"]
+    return arch, int(k), tensors, metadata
 
 
 def read_dictionary_learning(folder):
@@ -645,18 +703,15 @@ def make_folder(folder):
 
 
 def check_writable(folder, option):
-    """Raise UsageError now, not after an hour's training, where files cannot be written into `folder`."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".probe{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"{option} {folder}: cannot write there ({error.strerror}); give another folder") from None
+    """Raise UsageError now, not after an hour's training, where `folder` cannot be written or made."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UsageError(f"{option} {folder}: nothing can be written in {existing}; give another folder")
 
 
 def pick_device(name):
-    """The torch device of --device: "auto" is a GPU where there is one. Raises UsageError."""
+    """The torch device of --device: "auto" is CUDA where there is one, else the CPU. Raises UsageError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -11,7 +11,6 @@ At the end: the table of feature consistency over seeds, and pictures.
 
 import argparse
 import itertools
-import time
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
 import evaluate
 from sae import (
@@ -32,11 +30,11 @@ from sae import (
     L2_FORMS,
     Hparams,
     Parser,
-    RunError,
     Trainer,
     UsageError,
     check_writable,
     first_line,
+    fit,
     is_complete,
     pick_device,
     run_command,
@@ -46,7 +44,6 @@ from sae import (
     write_json,
 )
 
-CHECKPOINT_SECONDS = 30  # at most so much work is lost to a kill; Ctrl-C and SIGTERM lose nothing
 N_IMAGES = {"mnist": 60_000, "glyphs": 20_000}
 # MNIST as the study has it; glyphs for a first look within minutes
 DEFAULTS = {
@@ -143,16 +140,33 @@ def batches(images, hp, first=0):
 
 def hparams(args, arch, k, l1, l2, seed):
     """The study's settings for images, with what the command line changes of them."""
-    values = {"arch": arch, "d_in": 784, "d_sae": args.d_sae, "l1": l1, "l2": l2, "l2_form": args.l2_form}
-    values |= {"k": k} if arch != "relu" else {"sparsity": args.sparsity}
-    # The plain setting has no biases at all; the tied one starts b_dec at the geometric median of a batch.
-    values |= {"tied_init": args.tied_init, "biases": args.tied_init, "unit_norm": args.unit_norm}
-    # Adam as it is, without warm-up, decay or clipping. Errors and the L1 penalty are means, not sums.
-    values |= {"lr": args.lr, "warmup": 0, "decay": 0.0, "clip": 0.0, "reduction": "mean", "l1_form": "mean"}
-    steps = args.epochs * -(-N_IMAGES[args.dataset] // args.batch_size)
-    values |= {"batch_size": args.batch_size, "steps": steps, "dead_after": 5 * N_IMAGES[args.dataset]}
-    values |= {"seed": seed, "data_seed": args.data_seed, "data": args.dataset, "dtype": args.dtype}
-    return Hparams(**values)
+    n_images = N_IMAGES[args.dataset]
+    return Hparams(
+        arch=arch,
+        d_in=784,
+        d_sae=args.d_sae,
+        k=k if arch != "relu" else Hparams.k,
+        sparsity=args.sparsity if arch == "relu" else 0.0,
+        l1=l1,
+        l2=l2,
+        l1_form="mean",
+        l2_form=args.l2_form,
+        reduction="mean",
+        tied_init=args.tied_init,
+        biases=args.tied_init,  # the plain setting has none at all
+        unit_norm=args.unit_norm,
+        lr=args.lr,  # of plain Adam: no warm-up, no decay, no clipping
+        warmup=0,
+        decay=0.0,
+        clip=0.0,
+        batch_size=args.batch_size,
+        steps=args.epochs * -(-n_images // args.batch_size),
+        dead_after=5 * n_images,
+        seed=seed,
+        data_seed=args.data_seed,
+        data=args.dataset,
+        dtype=args.dtype,
+    )
 
 
 def sweep(args):
@@ -167,33 +181,19 @@ def sweep(args):
 
 
 def train(hp, images, folder, device, stop):
-    """Train one SAE on images [n, 784], on the device, or go on with it. Raises RunError when told to stop."""
+    """Train one SAE on images [n, 784], on the device, or go on with it. Returns its Trainer."""
     trainer = Trainer(hp, next(batches(images, hp)), device)
     trainer.resume(folder)
     write_hparams(folder, hp, complete=False, bfloat16=trainer.bfloat16)
-    saved = time.monotonic()
-    with tqdm(total=hp.steps, initial=trainer.step, desc=Path(folder).name, unit="step") as progress:
-        for x in batches(images, hp, first=trainer.step):
-            if trainer.step == hp.steps:
-                break
-            trainer.train_step(x)
-            progress.update()
-            if trainer.metrics and trainer.metrics[-1]["step"] == trainer.step:
-                row = trainer.metrics[-1]
-                progress.set_postfix_str(f"loss {row['loss']:.4f} fve {row['fve']:.3f} l0 {row['l0']:.0f}")
-            if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                trainer.save_checkpoint(folder)
-                saved = time.monotonic()
-            if stop.is_set():
-                raise RunError(f"interrupted at step {trainer.step} of {folder}: the same command goes on from there")
+    fit({folder: trainer}, batches(images, hp, first=trainer.step), stop)
     return trainer
 
 
 def finish(trainer, folder, test_images):
     """Measure a trained SAE on the test images, draw its features, and write its run folder."""
     hp = trainer.hp
-    metadata = {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
-    metadata |= {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
+    metadata = {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
+    metadata |= {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
     sae = trainer.sae.eval()
     result, mean_acts = evaluate.quality(sae, test_images.split(1000))
     write_json(folder / "quality.json", result)
@@ -201,7 +201,7 @@ def finish(trainer, folder, test_images):
     trainer.finish(folder, metadata)
     print(
         f"{folder}: fve {result['fve']:.4f}, l0 {result['l0']:.1f}, of {hp.d_sae} features "
-        f"{result['alive_by_weight']} have weights and {result['alive_by_use']} are used"
+        f"{result['alive']} are alive and {hp.d_sae - result['dead_by_use']} are used"
     )
 
 
@@ -275,7 +275,7 @@ def parse(argv):
     add("--epochs", type=int, default=None, help="passes over the images (default 100; glyphs 20)")
     add("--batch-size", type=int, default=None, help="images per step (default 512; glyphs 128)")
     add("--lr", type=float, default=1e-3)
-    add("--dtype", default="auto", help="of matrix products: auto, float32, bfloat16")
+    add("--dtype", default="float32", help="of matrix products: float32, bfloat16, or auto: the faster one here")
     add("--out", default=None, metavar="DIR", help="where run folders go (default runs/mnist or runs/glyphs)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)

@@ -55,7 +55,7 @@ def test_quality_equals_its_definitions_whatever_the_batches():
     total = (x - x.mean(0)).double().square().sum()
     assert result["fve"] == pytest.approx(1 - (error.square().sum() / total).item(), rel=1e-5)
     assert result["l0"] == pytest.approx((acts > 0).sum().item() / 50)
-    assert result["alive_by_use"] == (acts.amax(0) > 0).sum()
+    assert result["dead_by_use"] == (acts.amax(0) <= 0).sum()
     assert result["inputs"] == 50
     assert torch.allclose(mean_acts.float(), acts.mean(0), atol=1e-5)
     assert quality(model, [x])[0]["recon"] == pytest.approx(result["recon"], rel=1e-5)
@@ -67,7 +67,7 @@ def test_quality_tells_dead_by_weight_from_dead_by_use():
         model.b_enc[10:15] = -1e6
         model.b_enc[3:5] = -1
     result, _ = quality(model, [torch.randn(500, 8)])
-    assert (result["alive_by_weight"], result["dead_by_weight"]) == (18, 2)
+    assert (result["alive"], result["dead_by_weight"]) == (18, 2)
     assert result["dead_by_use"] == 7
 
 
@@ -75,8 +75,9 @@ def test_a_latent_is_dead_when_either_of_its_norms_is_zero():
     model = random_sae(d_sae=5)
     with torch.no_grad():
         model.W_enc[:, 1] = 0
-        model.W_dec[2] = 1e-12  # what is left of a pruned row
-        model.W_dec[3] *= 1e-3  # weak, but alive
+        model.W_dec *= 1 / model.W_dec.norm(dim=1, keepdim=True)
+        model.W_dec[2] *= 0.9e-3  # all but gone
+        model.W_dec[3] *= 1.1e-3  # weak, but alive
     assert alive_by_weight(model).tolist() == [True, False, False, True, True]
 
 
@@ -86,7 +87,7 @@ def test_geometry_equals_all_pairs_written_out():
     rows = rows / rows.norm(dim=1, keepdim=True)
     i, j = torch.triu_indices(len(rows), len(rows), 1)
     cos = (rows @ rows.T)[i, j].abs().numpy()
-    found = geometry(model)["decoder_cos"]
+    found = geometry(model)["orthogonality"]
     expected = {"mean": cos.mean(), "median": np.median(cos), "max": cos.max()}
     expected |= {"p90": np.quantile(cos, 0.9), "p99": np.quantile(cos, 0.99)}
     assert found == pytest.approx(expected, abs=2e-4)
@@ -96,7 +97,7 @@ def test_geometry_equals_all_pairs_written_out():
 
 
 def test_geometry_of_an_sae_without_living_features_is_none():
-    assert geometry(SAE(4, 8)) == {"enc_dec_cos": None, "decoder_cos": None}
+    assert geometry(SAE(4, 8)) == {"enc_dec_cos": None, "orthogonality": None}
 
 
 # --- matching two SAEs
@@ -268,10 +269,10 @@ def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, ca
     assert [pair["seeds"] for pair in group["pairs"]] == [[0, 1], [0, 2], [1, 2]]
     keys = {"seeds", "mean_max_cos_dec", "mean_max_cos_enc", "paired_dec", "paired_enc", "shared", "shared_alive"}
     assert keys <= set(group["pairs"][0])
-    for name in ("always_shared", "sometimes_shared", "never_shared", "always_shared_alive"):
-        assert 0 <= group[name] <= 1
+    shares = [group[name] for name in ("always_shared", "sometimes_shared", "never_shared", "always_shared_alive")]
+    assert shares == [1, 0, 0, 1]
     assert {p.name for p in out.parent.iterdir()} == {"shared.json", "shared_shares.png", "shared_cosines.png"}
-    assert "r " in capsys.readouterr().out
+    assert f"| r {' ' * 11} | 3     | 20/20 |" in capsys.readouterr().out
 
 
 def test_folders_of_others_take_their_seed_from_metadata_or_from_the_order_given(tmp_path):
@@ -287,6 +288,24 @@ def test_folders_of_others_take_their_seed_from_metadata_or_from_the_order_given
         (group,) = compare_seeds(folders)
         assert group["figures"]["seeds"] == seeds
         assert group["figures"]["always_shared"] == 1
+
+
+def test_seeds_may_vary_with_the_data_seed_but_a_grid_of_both_is_split(tmp_path):
+    for seed, data_seed in ((0, 0), (1, 1), (2, 2)):
+        write_run(tmp_path / "both" / f"r_data-seed-{data_seed}_seed{seed}", random_sae(), seed, data_seed=data_seed)
+    for seed, data_seed in itertools.product((0, 1), (0, 1)):
+        write_run(tmp_path / "grid" / f"r_data-seed-{data_seed}_seed{seed}", random_sae(), seed, data_seed=data_seed)
+    (both,) = compare_seeds(find_runs([tmp_path / "both"]))
+    assert both["figures"]["seeds"] == [0, 1, 2]
+    grid = compare_seeds(find_runs([tmp_path / "grid"]))
+    assert [(group["config"]["data_seed"], group["figures"]["seeds"]) for group in grid] == [(0, [0, 1]), (1, [0, 1])]
+
+
+def test_folders_of_others_on_different_layers_are_not_taken_for_seeds(tmp_path):
+    for layer in (3, 4):
+        random_sae().save(tmp_path / f"layer{layer}", {"hook_name": f"blocks.{layer}.hook_resid_post"})
+    with pytest.raises(UsageError, match="no two SAEs of one configuration"):
+        compare_seeds(find_runs([tmp_path]))
 
 
 @pytest.mark.parametrize("shapes", [[(8, 6)], [(8, 6), (8, 7)], [(8, 6), (9, 6)]])
