@@ -76,8 +76,8 @@ def test_a_latent_is_dead_when_either_of_its_norms_is_zero():
     with torch.no_grad():
         model.W_enc[:, 1] = 0
         model.W_dec *= 1 / model.W_dec.norm(dim=1, keepdim=True)
-        model.W_dec[2] *= 0.9e-3  # all but gone
-        model.W_dec[3] *= 1.1e-3  # weak, but alive
+        model.W_dec[2] *= 0.9e-2  # all but gone
+        model.W_dec[3] *= 1.1e-2  # weak, but alive
     assert alive_by_weight(model).tolist() == [True, False, False, True, True]
 
 

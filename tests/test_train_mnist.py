@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import train_mnist
 from sae import SAE, UsageError
@@ -255,7 +256,7 @@ def test_no_network_offers_the_glyphs(monkeypatch, tmp_path):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_mnist, "MNIST", fail)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
     with pytest.raises(UsageError, match="--data glyphs, which needs no network"):
         load_images("mnist")
 
@@ -269,7 +270,7 @@ def test_a_folder_without_mnist_is_not_filled_from_the_network(tmp_path):
 def test_a_truncated_archive_is_named(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, _ in train_mnist.MNIST.resources:
+    for name, _ in torchvision.datasets.MNIST.resources:
         (raw / name).write_bytes(gzip.compress(b"\0" * 1000)[:-10])
     with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz is damaged"):
         load_images(str(tmp_path))
@@ -278,7 +279,7 @@ def test_a_truncated_archive_is_named(tmp_path):
 def test_an_unpacked_file_cut_short_is_no_traceback(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, _ in train_mnist.MNIST.resources:
+    for name, _ in torchvision.datasets.MNIST.resources:
         (raw / name).with_suffix("").write_bytes(b"\0\0\x08\x03\0\0")
     with pytest.raises(UsageError, match="no MNIST to be had"):
         load_images(str(tmp_path))
