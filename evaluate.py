@@ -2,6 +2,7 @@
 
     python evaluate.py seeds runs/mnist                         every run in the folder, grouped by configuration
     python evaluate.py seeds a_seed0 a_seed1 --json shared.json   these two; table, JSON and two pictures
+    python evaluate.py quality runs/pythia                      what SAEs do to the language model they came from
 
 A run is a folder that train_mnist.py or train_pythia.py wrote, or anyone's in the format of SAELens or of
 dictionary_learning. A reading order: `quality`, then `match_pair` (two SAEs), then `sharedness` (many).
@@ -17,14 +18,27 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import SAE, Parser, UsageError, check_writable, make_folder, read_json, replacing, run_command, write_json
+from sae import (
+    SAE,
+    Parser,
+    UsageError,
+    check_writable,
+    make_folder,
+    pick_device,
+    read_json,
+    replacing,
+    run_command,
+    write_json,
+)
 
 # A norm below this share of the largest counts as zero. Under an L2 penalty the weights of a latent that never
 # fires fall towards zero exponentially, and those that died last are still on their way: on MNIST, latents below
@@ -45,22 +59,21 @@ def alive_by_weight(sae):
 
 @torch.no_grad()
 def quality(sae, batches):
-    """What an SAE in eval mode does to held-out data: a dict for quality.json, and mean acts [d_sae].
+    """What an SAE in eval mode does to held-out data: a dict for quality.json; mean acts and firing rates [d_sae].
 
     `batches` is an iterable of x [B, d_in]. recon: squared error per input and dimension. fve: fraction of
     variance explained. l0: latents on per input. Alive and dead by weight: see DEAD_NORM; by use: never on here.
     """
-    inputs, error, l0 = 0, 0.0, 0.0
+    inputs, error = 0, 0.0
     total, total_square = torch.zeros(2, sae.d_in, dtype=torch.float64)
-    act_sum, fired = torch.zeros(sae.d_sae, dtype=torch.float64), torch.zeros(sae.d_sae, dtype=torch.bool)
+    act_sum, fired = torch.zeros(2, sae.d_sae, dtype=torch.float64)
     for x in batches:
         acts = sae.encode(x)
         error += (sae.decode(acts) - x).square().sum().item()
         total += x.sum(0).cpu()
         total_square += x.square().sum(0).cpu()
-        l0 += (acts > 0).sum().item()
         act_sum += acts.sum(0).cpu()
-        fired |= (acts > 0).any(0).cpu()
+        fired += (acts > 0).sum(0).cpu()
         inputs += len(x)
     variance = (total_square - total.square() / inputs).sum().item()
     alive = alive_by_weight(sae).sum().item()
@@ -68,12 +81,12 @@ def quality(sae, batches):
         "inputs": inputs,
         "recon": error / inputs / sae.d_in,
         "fve": 1 - error / variance if variance > 0 else None,
-        "l0": l0 / inputs,
+        "l0": fired.sum().item() / inputs,
         "alive": alive,
         "dead_by_weight": sae.d_sae - alive,
-        "dead_by_use": sae.d_sae - fired.sum().item(),
+        "dead_by_use": (fired == 0).sum().item(),
     }
-    return result | geometry(sae), act_sum / inputs
+    return result | geometry(sae), act_sum / inputs, fired / inputs
 
 
 @torch.no_grad()
@@ -102,6 +115,98 @@ def geometry(sae):
 
 def unit_rows(W):
     return W / W.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+@torch.no_grad()
+def cross_entropy(model, contexts):
+    """Mean cross-entropy, in nats, of each next token of contexts, an iterable of [B, context] token ids."""
+    total, n = 0.0, 0
+    for tokens in contexts:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+        n += tokens[:, 1:].numel()
+    return total / n
+
+
+def language_model_quality(sae, model, layer, contexts, baseline=None):
+    """`quality` of an SAE on the residual stream, and what its reconstruction does to the language model.
+
+    contexts is a list of [B, context] token ids. The first position, on which no SAE is trained, stays as it is.
+    ce_zeroed is the cross-entropy with zeros in place of the residual stream; loss_recovered is the share of the
+    way from there to the model's own that the reconstruction keeps. `baseline` is (ce, ce_zeroed) if known.
+    """
+    from train_pythia import residual_stream, spliced
+
+    def replaced(by):
+        def replace(resid):
+            rest = by(resid[:, 1:].flatten(0, 1).float()).to(resid.dtype)
+            return torch.cat([resid[:, :1], rest.view_as(resid[:, 1:])], 1)
+
+        with spliced(model, layer, replace):
+            return cross_entropy(model, contexts)
+
+    def activations():
+        for tokens in contexts:
+            yield from residual_stream(model, tokens, layer)[:, 1:].flatten(0, 1).float().split(4096)
+
+    result, _, firing = quality(sae, activations())
+    result["ce"], result["ce_zeroed"] = baseline or (cross_entropy(model, contexts), replaced(torch.zeros_like))
+    result["ce_reconstructed"] = replaced(lambda x: torch.cat([sae(part) for part in x.split(4096)]))
+    lost = result["ce_reconstructed"] - result["ce"]
+    result["loss_recovered"] = 1 - lost / (result["ce_zeroed"] - result["ce"])
+    return result, firing
+
+
+def measure_language_model_runs(folders, n_tokens, data, device):
+    """quality.json and firing.png for each run of train_pythia.py, on held-out tokens or those of `data`."""
+    from train_pythia import load_model, open_tokens, read_tokens
+
+    runs = []
+    for folder in folders:
+        hp = read_json(folder / "hparams.json").get("hparams", {})
+        if not hp.get("model"):
+            raise UsageError(f"{folder}: not a run of train_pythia.py, so there is no language model to measure with")
+        hp["tokens"] = hp["steps"] * hp["batch_size"]
+        runs.append((folder, SAE.load(folder).to(device), SimpleNamespace(**hp)))
+    rows, baselines, at = [], {}, None
+    for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
+        if at != (hp.model, hp.layer, hp.context, hp.data):
+            at = (hp.model, hp.layer, hp.context, hp.data)
+            model, tokenizer = load_model(hp.model, device)
+            vocab_size = model.get_input_embeddings().num_embeddings
+            hp.data = data or hp.data
+            tokens = read_tokens(hp, tokenizer, vocab_size) if data else open_tokens(hp, tokenizer, vocab_size)[1]
+            n_contexts = min(n_tokens, len(tokens)) // hp.context
+            if n_contexts < 1:
+                raise UsageError(f"--tokens {n_tokens}: fewer than one context of {hp.context}")
+            tokens = torch.from_numpy(tokens[: n_contexts * hp.context].astype(np.int64)).view(-1, hp.context)
+            contexts = tokens.to(device).split(max(1, 8192 // hp.context))
+        result, firing = language_model_quality(sae, model, hp.layer, contexts, baselines.get(at))
+        baselines[at] = result["ce"], result["ce_zeroed"]
+        write_json(folder / "quality.json", result)
+        save_figure(plot_firing(firing, folder.name), folder / "firing.png")
+        rows.append((folder.name, result))
+    return rows
+
+
+def quality_table(rows):
+    """One line a run."""
+    lines = [("run", "fve", "l0", "ce", "reconstructed", "zeroed", "loss recovered", "alive", "dead by use")]
+    lines[0] += ("enc-dec cos", "decoder cos (mean)")
+    for name, r in rows:
+        cells = [name, f"{r['fve']:.4f}", f"{r['l0']:.1f}", f"{r['ce']:.4f}", f"{r['ce_reconstructed']:.4f}"]
+        cells += [f"{r['ce_zeroed']:.3f}", f"{r['loss_recovered']:.4f}", str(r["alive"]), str(r["dead_by_use"])]
+        own, others = r["enc_dec_cos"], r["orthogonality"]
+        cells += [f"{own['mean']:.3f}" if own else "-", f"{others['mean']:.4f}" if others else "-"]
+        lines.append(tuple(cells))
+    return markdown(lines)
+
+
+def markdown(lines):
+    """A Markdown table, its columns padded; the first line is the head."""
+    lines = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -271,7 +376,6 @@ def consistency_table(groups):
     columns = ("mean_max_cos_dec", "mean_max_cos_enc", "paired_dec", "paired_enc", "shared")
     lines = [("configuration", "seeds", "alive", "max cos dec", "max cos enc", "paired dec", "paired enc")]
     lines[0] += ("shared", "always shared")
-    lines.append(("---",) * len(lines[0]))
     for group in groups:
         figures = group["figures"]
         cells = [group["label"], len(figures["seeds"]), f"{np.mean(figures['alive']):.0f}/{figures['d_sae']}"]
@@ -280,8 +384,7 @@ def consistency_table(groups):
             cells.append(f"{over[0]:.3f} ({over[1]:.3f})")
         cells.append(f"{figures['always_shared']:.3f} ({figures['always_shared_alive']:.3f})")
         lines.append(tuple(map(str, cells)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+    return markdown(lines)
 
 
 def write_consistency(groups, path):
@@ -337,6 +440,18 @@ def plot_best_matches(groups):
     return figure
 
 
+def plot_firing(firing, name):
+    """How often latents fire [d_sae]: a histogram over the logarithm of the rate, and how many never do."""
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
+    axis.hist(firing[firing > 0].log10().numpy(), bins=np.linspace(-6, 0, 61))
+    never = int((firing == 0).sum())
+    axis.set(xlabel="log10 of the share of inputs on which a latent fires", ylabel="latents")
+    axis.set_title(f"{name}\n{never:,} of {len(firing):,} never fire", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
@@ -348,11 +463,23 @@ def main(argv=None):
     seeds.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     seeds.add_argument("--threshold", type=float, default=0.7, help="cosine from which features are the same")
     seeds.add_argument("--json", metavar="FILE", help="write the figures here, and two pictures beside it")
+    measure = commands.add_parser("quality", help="reconstruction and loss recovered, of language-model runs")
+    measure.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, or folders of them")
+    measure.add_argument("--tokens", type=int, default=200_000, help="how many of the held-out tokens to read")
+    measure.add_argument("--data", metavar="FILE", help="other tokens than the held-out ones")
+    measure.add_argument("--json", metavar="FILE", help="write the figures of all runs here")
+    measure.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    if not 0 < args.threshold < 1:
-        raise UsageError(f"--threshold {args.threshold}: a cosine between 0 and 1, such as 0.7")
     if args.json:
         check_writable(Path(args.json).parent, "--json")
+    if args.command == "quality":
+        rows = measure_language_model_runs(find_runs(args.runs), args.tokens, args.data, pick_device(args.device))
+        print(quality_table(rows))
+        if args.json:
+            write_json(args.json, {"runs": [{"run": name} | result for name, result in rows]})
+        return
+    if not 0 < args.threshold < 1:
+        raise UsageError(f"--threshold {args.threshold}: a cosine between 0 and 1, such as 0.7")
     groups = compare_seeds(find_runs(args.runs), args.threshold)
     print(consistency_table(groups))
     if args.json:

@@ -88,6 +88,9 @@ class Hparams:
     seed: int = 0  # initialisation
     data_seed: int = 0  # order of the data
     data: str = ""  # what was trained on
+    model: str = ""  # the language model, and what of it was read
+    layer: int = 0
+    context: int = 0  # tokens
     dtype: str = "auto"  # matrix products: float32, bfloat16 (autocast), or bfloat16 where the hardware has it
 
     def __post_init__(self):
@@ -126,7 +129,7 @@ def run_name(hp, defaults):
         value = getattr(hp, field.name)
         if field.name in ("arch", "k", "l2", "seed", "d_in") or value == getattr(defaults, field.name):
             continue
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").split("/")[-1]
         parts.append(field.name.replace("_", "-") + ("" if value is True else f"-{text}"))
     return "_".join([*parts, f"seed{hp.seed}"])
 
@@ -497,9 +500,15 @@ class Trainer:
         with replacing(Path(folder) / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in self.metrics))
 
-    def finish(self, folder, metadata):
-        """Write the trained SAE. The run counts as complete once hparams.json says so, which comes last."""
+    def finish(self, folder, metadata, scale=1.0):
+        """Write the trained SAE. The run counts as complete once hparams.json says so, which comes last.
+
+        It was trained on x / scale; the SAE that is saved takes x.
+        """
         self.check_finite()
+        with torch.no_grad():
+            for shift in (self.sae.b_enc, self.sae.b_dec, self.sae.threshold):
+                shift *= scale
         self.sae.save(folder, metadata)
         self.write_metrics(folder)
         write_hparams(folder, self.hp, complete=True, bfloat16=self.bfloat16)

@@ -196,7 +196,7 @@ def finish(trainer, folder, test_images):
     metadata = {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
     metadata |= {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
     sae = trainer.sae.eval()
-    result, mean_acts = evaluate.quality(sae, test_images.split(1000))
+    result, mean_acts, _ = evaluate.quality(sae, test_images.split(1000))
     write_json(folder / "quality.json", result)
     evaluate.save_figure(plot_features(sae, mean_acts), folder / "features.png")
     trainer.finish(folder, metadata)

@@ -48,7 +48,7 @@ def order_of(n, seed=0):
 
 def test_quality_equals_its_definitions_whatever_the_batches():
     model, x = random_sae(), torch.randn(50, 8) + 1
-    result, mean_acts = quality(model, x.split(7))
+    result, mean_acts, firing = quality(model, x.split(7))
     acts = model.encode(x).detach()
     error = (acts @ model.W_dec + model.b_dec - x).detach().double()
     assert result["recon"] == pytest.approx(error.square().mean().item(), rel=1e-5)
@@ -56,6 +56,7 @@ def test_quality_equals_its_definitions_whatever_the_batches():
     assert result["fve"] == pytest.approx(1 - (error.square().sum() / total).item(), rel=1e-5)
     assert result["l0"] == pytest.approx((acts > 0).sum().item() / 50)
     assert result["dead_by_use"] == (acts.amax(0) <= 0).sum()
+    assert torch.allclose(firing.float(), (acts > 0).float().mean(0))
     assert result["inputs"] == 50
     assert torch.allclose(mean_acts.float(), acts.mean(0), atol=1e-5)
     assert quality(model, [x])[0]["recon"] == pytest.approx(result["recon"], rel=1e-5)
@@ -66,7 +67,7 @@ def test_quality_tells_dead_by_weight_from_dead_by_use():
     with torch.no_grad():
         model.b_enc[10:15] = -1e6
         model.b_enc[3:5] = -1
-    result, _ = quality(model, [torch.randn(500, 8)])
+    result, _, _ = quality(model, [torch.randn(500, 8)])
     assert (result["alive"], result["dead_by_weight"]) == (18, 2)
     assert result["dead_by_use"] == 7
 
@@ -331,3 +332,71 @@ def test_a_command_line_that_cannot_work_says_why(arguments, message):
     with pytest.raises(UsageError) as error:
         evaluate.main(arguments)
     assert message in str(error.value)
+
+
+# --- language models
+
+
+def tiny_lm():
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        p *= 3  # far from uniform predictions
+    return model
+
+
+def identity_sae(d_in, keep=1.0):
+    """Features i and d_in + i are the two signs of dimension i, so it reconstructs `keep` times its input."""
+    model = SAE(d_in, 2 * d_in, "relu").eval().requires_grad_(False)
+    model.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
+    model.W_dec.copy_(keep * model.W_enc.T)
+    return model
+
+
+def test_cross_entropy_is_the_mean_over_all_next_tokens():
+    model, tokens = tiny_lm(), torch.randint(0, 50, (6, 20))
+    logits = model(tokens).logits
+    by_hand = [-logits[b, t].log_softmax(0)[tokens[b, t + 1]].item() for b in range(6) for t in range(19)]
+    assert evaluate.cross_entropy(model, tokens.split(4)) == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_a_perfect_sae_recovers_all_loss_and_an_empty_one_none():
+    model, tokens = tiny_lm(), torch.randint(0, 50, (6, 20)).split(4)
+    perfect, firing = evaluate.language_model_quality(identity_sae(16), model, 1, tokens)
+    assert perfect["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    assert perfect["ce_reconstructed"] == pytest.approx(perfect["ce"], abs=1e-5)
+    assert perfect["fve"] == pytest.approx(1, abs=1e-5)
+    assert perfect["l0"] == pytest.approx(16, abs=0.1)
+    assert perfect["inputs"] == 6 * 19
+    assert firing.sum().item() == pytest.approx(perfect["l0"])
+    assert abs(perfect["ce_zeroed"] - perfect["ce"]) > 0.01
+    empty, _ = evaluate.language_model_quality(identity_sae(16, keep=0.0), model, 1, tokens)
+    assert empty["loss_recovered"] == pytest.approx(0, abs=1e-5)
+    assert empty["ce_reconstructed"] == pytest.approx(empty["ce_zeroed"])
+
+
+def test_splicing_replaces_every_position_but_the_first():
+    from train_pythia import spliced
+
+    model, tokens = tiny_lm(), torch.randint(0, 50, (2, 10))
+    half, _ = evaluate.language_model_quality(identity_sae(16, keep=0.5), model, 1, [tokens])
+
+    def halve(resid):
+        resid = resid.clone()
+        resid[:, 1:] *= 0.5
+        return resid
+
+    with spliced(model, 1, halve):
+        assert half["ce_reconstructed"] == pytest.approx(evaluate.cross_entropy(model, [tokens]), rel=1e-5)
+    assert evaluate.cross_entropy(model, [tokens]) == pytest.approx(half["ce"], rel=1e-6), "the hook is gone"
+
+
+def test_quality_of_a_run_that_is_not_of_a_language_model_is_an_error(tmp_path):
+    write_run(tmp_path / "r", random_sae(), 0)
+    with pytest.raises(UsageError, match=r"not a run of train_pythia\.py"):
+        evaluate.main(["quality", str(tmp_path / "r")])
