@@ -519,13 +519,14 @@ def fit(trainers, stream, stop, stream_state=dict):
     """Train all of {folder: Trainer} on the same stream of batches x [B, d_in] until each has had its steps.
 
     The stream starts at the step of the one that is furthest behind; others wait there. Checkpoints are written
-    every CHECKPOINT_SECONDS, and before the RunError that answers `stop` (an event, see stop_signal);
-    `stream_state()` goes into them, for the caller to start the stream from again.
+    every CHECKPOINT_SECONDS (less often where that would take over a twentieth of the time), and before the
+    RunError that answers `stop` (an event, see stop_signal); `stream_state()` goes into them, for the caller to
+    start the stream from again.
     """
     step = min(trainer.step for trainer in trainers.values())
     steps = max(trainer.hp.steps for trainer in trainers.values())
     name = next(iter(trainers)).name if len(trainers) == 1 else f"{len(trainers)} SAEs"
-    saved = time.monotonic()
+    due = time.monotonic() + CHECKPOINT_SECONDS
     with tqdm(total=steps, initial=step, desc=name, unit="step") as progress:
         while step < steps:
             x = next(stream)
@@ -537,11 +538,12 @@ def fit(trainers, stream, stop, stream_state=dict):
             row = next(iter(trainers.values())).metrics[-1:]
             if row and row[0]["step"] == step:
                 progress.set_postfix_str("loss {loss:.4f} fve {fve:.3f} l0 {l0:.0f}".format(**row[0]))
-            if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if stop.is_set() or time.monotonic() > due:
+                start = time.monotonic()
                 for folder, trainer in trainers.items():
                     if trainer.step == step:  # one that waits has its own, of a later place in the stream
                         trainer.save_checkpoint(folder, stream_state())
-                saved = time.monotonic()
+                due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
             if stop.is_set():
                 raise RunError(f"interrupted at step {step} of {name}: the same command goes on from there")
 
