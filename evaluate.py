@@ -235,7 +235,7 @@ def match_pair(a, b, threshold=0.7):
         sums = [x.sum(dtype=np.float64) for x in best], [(x > threshold).sum() for x in best]
         for figure, totals in zip(("mean_max_cos", "paired"), sums):
             figures[f"{figure}_{name}"], figures[f"{figure}_{name}_alive"] = shares(totals, counts, a.d_sae)
-        rows, columns = linear_sum_assignment(cos, maximize=True)
+        rows, columns = assign(cos)
         matches[name] = {(i, j) for i, j in zip(rows, columns) if cos[i, j] > threshold}
     partner = np.full(a.d_sae, -1)
     for i, j in matches["dec"] & matches["enc"]:
@@ -243,6 +243,31 @@ def match_pair(a, b, threshold=0.7):
     both = (partner >= 0).sum()
     figures["shared"], figures["shared_alive"] = shares([both, both], counts, a.d_sae)
     return figures, partner, np.concatenate(best_decoder)
+
+
+def assign(cos):
+    """The one-to-one matching of rows and columns [n, m] with the largest summed cosine: two arrays of indices.
+
+    scipy's Hungarian method, after pairs that need no search are taken out. Such a pair exceeds the sum of the
+    second best in its row and the second best in its column: any matching without it gains by exchanging for it
+    the pairs of its row and its column (cosines are not negative, so what remains of those cannot lose).
+    """
+    rows, columns, found = np.arange(cos.shape[0]), np.arange(cos.shape[1]), []
+    while min(cos.shape) > 1:
+        of_rows, of_columns = (torch.from_numpy(c).topk(2, dim=1) for c in (cos, np.ascontiguousarray(cos.T)))
+        best = of_rows.indices[:, 0]
+        margin = of_rows.values[:, 0] - of_rows.values[:, 1] - of_columns.values[best, 1]
+        sure = ((margin > 0) & (of_columns.indices[best, 0] == torch.arange(len(cos)))).numpy()
+        if sure.mean() < 0.01:
+            break
+        best = best.numpy()[sure]
+        found.append((rows[sure], columns[best]))
+        rows, columns = rows[~sure], np.delete(columns, best)
+        cos = np.delete(cos[~sure], best, axis=1)
+    i, j = linear_sum_assignment(cos, maximize=True)
+    found.append((rows[i], columns[j]))
+    i, j = (np.concatenate(indices) for indices in zip(*found))
+    return i[np.argsort(i)], j[np.argsort(i)]
 
 
 def shares(totals, alive, d_sae):

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
-from scipy.optimize import linear_sum_assignment
 
 import evaluate
 from sae import (
@@ -242,7 +241,7 @@ def plot_pairs(a, b, name, columns=8):
     """Alive features of one SAE above their one-to-one partners (Hungarian, decoder) in another, best to worst."""
     features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
     cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
-    rows, partners = linear_sum_assignment(np.abs(cos), maximize=True)
+    rows, partners = evaluate.assign(np.abs(cos))
     order = np.argsort(-np.abs(cos[rows, partners]))
     order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
     features, titles = [], []

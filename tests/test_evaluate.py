@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 import evaluate
 from evaluate import alive_by_weight, compare_seeds, consistency, find_runs, geometry, match_pair, quality, sharedness
@@ -126,6 +127,19 @@ def test_matching_equals_brute_force_over_all_permutations(seed):
     assert figures["mean_max_cos_enc"] == pytest.approx((cos_enc.max(0).mean() + cos_enc.max(1).mean()) / 2, rel=1e-5)
     paired = ((cos_enc.max(0) > 0.7).mean() + (cos_enc.max(1) > 0.7).mean()) / 2
     assert figures["paired_enc"] == pytest.approx(paired)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (0, 3), (40, 40), (30, 50), (50, 30), (300, 300)])
+@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+def test_assignment_equals_scipy_on_the_whole_matrix(shape, shared):
+    rng = np.random.default_rng(sum(shape))
+    cos = rng.uniform(0, 0.5, shape).astype(np.float32)
+    order = rng.permutation(max(shape))
+    for i in range(int(shared * min(shape))):  # strong pairs, with margins around the sum of the second bests
+        cos[order[i] % shape[0], order[-i] % shape[1]] = rng.uniform(0.4, 1.3)
+    ours, scipys = evaluate.assign(cos), linear_sum_assignment(cos, maximize=True)
+    assert ours[0].tolist() == scipys[0].tolist()
+    assert ours[1].tolist() == scipys[1].tolist()
 
 
 def test_a_planted_permutation_with_flips_and_noise_is_recovered_exactly():
