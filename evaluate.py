@@ -438,12 +438,15 @@ def plot_shares(groups):
     figure = Figure(figsize=(7, 1.6 + 0.5 * len(groups)))
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (name, title) in zip(axes, panels):
+        largest = 0.05
         for row, group in enumerate(groups):
             values = [pair[name] for pair in group["figures"]["pairs"]]
+            largest = max(largest, *values)
             axis.barh(row, np.mean(values), color=f"C{row % 10}", alpha=0.5)
             axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
-            axis.text(0.98, row, f"{np.mean(values):.3f}", ha="right", va="center", fontsize=10)
-        axis.set(title=title, xlim=(0, 1), xticks=(0, 0.5, 1))
+            place = axis.get_yaxis_transform()  # x as a share of the width
+            axis.text(1, row, f"{np.mean(values):.3f}", transform=place, ha="right", va="center", fontsize=10)
+        axis.set(title=title, xlim=(0, 1.5 * largest))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(groups)), [group["label"].replace("_", "\n", 2) for group in groups], fontsize=9)
     axes[0].invert_yaxis()
