@@ -34,7 +34,7 @@ from sae import (
     check_writable,
     make_folder,
     pick_device,
-    read_json,
+    read_hparams,
     replacing,
     run_command,
     write_json,
@@ -163,7 +163,7 @@ def measure_language_model_runs(folders, n_tokens, data, device):
 
     runs = []
     for folder in folders:
-        hp = read_json(folder / "hparams.json").get("hparams", {})
+        hp = read_hparams(folder)
         if not hp.get("model"):
             raise UsageError(f"{folder}: not a run of train_pythia.py, so there is no language model to measure with")
         hp["tokens"] = hp["steps"] * hp["batch_size"]
@@ -334,7 +334,7 @@ def find_runs(paths):
     for path in map(Path, paths):
         inside = [] if holds_sae(path) else sorted(filter(holds_sae, path.glob("*")))
         runs += inside or [path] * (not path.is_file())  # of a folder without an SAE, SAE.load says what is missing
-    return list(dict.fromkeys(runs))
+    return list({path.resolve(): path for path in runs}.values())  # a run under two names is one run
 
 
 def describe(folder):
@@ -344,12 +344,13 @@ def describe(folder):
     """
     sae = SAE.load(folder)
     if (folder / "hparams.json").exists():
-        config = dict(read_json(folder / "hparams.json").get("hparams", {}))
+        config = read_hparams(folder)
     else:
         config = {"arch": sae.arch, "k": sae.k, "d_in": sae.d_in, "d_sae": sae.d_sae}
         names = ("l1", "l2", "model_name", "lm_name", "hook_name", "layer", "submodule_name", "seed", "data_seed")
         config |= {name: sae.metadata[name] for name in names if name in sae.metadata}
-    return sae, (config.pop("seed", None), config.pop("data_seed", None)), config
+    seed, data_seed = config.pop("seed", None), config.pop("data_seed", None)
+    return sae, (seed if isinstance(seed, int) else None, data_seed), config
 
 
 def load_groups(folders):
@@ -359,11 +360,12 @@ def load_groups(folders):
     A run without a seed of its own takes its place in the order given.
     """
     runs = [(folder, *describe(folder)) for folder in folders]
-    same_seed = Counter((seeds[0], json.dumps(config, sort_keys=True)) for _, _, seeds, config in runs)
+    times = Counter((seeds[0], json.dumps(config, sort_keys=True)) for _, _, seeds, config in runs)
+    grids = {key for (seed, key), n in times.items() if seed is not None and n > 1}
     groups = {}
     for folder, sae, (seed, data_seed), config in runs:
         key = json.dumps(config, sort_keys=True)
-        if seed is not None and same_seed[seed, key] > 1:
+        if key in grids:
             config["data_seed"] = data_seed
         label = re.sub(r"_seed-?\d+", "", folder.resolve().name)
         group = {"label": label, "config": config, "seeds": [], "saes": [], "folders": []}
@@ -500,6 +502,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.json:
         check_writable(Path(args.json).parent, "--json")
+        if Path(args.json).exists() and not Path(args.json).is_file():
+            raise UsageError(f"--json {args.json}: not a file; give a name that ends in .json")
     if args.command == "quality":
         rows = measure_language_model_runs(find_runs(args.runs), args.tokens, args.data, pick_device(args.device))
         print(quality_table(rows))

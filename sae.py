@@ -27,6 +27,7 @@ import os
 import pickle
 import platform
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +45,11 @@ from tqdm import tqdm
 ARCHS = ("relu", "topk", "batchtopk", "matryoshka")
 CHECKPOINT_SECONDS = 30  # at most so much work is lost to a kill; Ctrl-C and SIGTERM lose nothing
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl; the only steps that wait for the device
+
+
+# What reading a damaged file of weights or a checkpoint may raise
+DAMAGE = (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError)
+DAMAGE += (RuntimeError, struct.error, pickle.UnpicklingError, SafetensorError)
 
 
 class UsageError(Exception):
@@ -108,6 +114,9 @@ class Hparams:
         for name in ("decay", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: a share of the steps, from 0 to 1")
+        for name, limit in (("seed", 2**63), ("data_seed", 2**40), ("d_sae", 2**31), ("steps", 2**40)):
+            if getattr(self, name) >= limit:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: give a number below {limit}")
         if self.arch != "relu" and not 1 <= self.k <= self.d_sae:
             raise UsageError(f"--k {self.k}: give a number from 1 to --d-sae, which is {self.d_sae}")
         if self.arch == "matryoshka" and self.d_sae < 32:
@@ -491,9 +500,13 @@ class Trainer:
             self.sae.load_state_dict(state["sae"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.inputs_since_fired.copy_(state["inputs_since_fired"])
-            self.step, self.metrics = state["step"], state["metrics"]
+            self.step, self.metrics = int(state["step"]), list(state["metrics"])
+            shapes = [moment.shape for p in self.optimizer.state.values() for moment in (p["exp_avg"], p["exp_avg_sq"])]
+            trained = self.optimizer.param_groups[0]["params"]
+            if self.step > self.hp.steps or (shapes and shapes != [p.shape for p in trained for _ in range(2)]):
+                raise ValueError("its step or its moments do not fit this run")
             return state["stream"]
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to start over") from None
 
     def write_metrics(self, folder):
@@ -538,13 +551,14 @@ def fit(trainers, stream, stop, stream_state=dict):
             row = next(iter(trainers.values())).metrics[-1:]
             if row and row[0]["step"] == step:
                 progress.set_postfix_str("loss {loss:.4f} fve {fve:.3f} l0 {l0:.0f}".format(**row[0]))
-            if stop.is_set() or time.monotonic() > due:
+            stopping = stop.is_set()
+            if stopping or time.monotonic() > due:
                 start = time.monotonic()
                 for folder, trainer in trainers.items():
                     if trainer.step == step:  # one that waits has its own, of a later place in the stream
                         trainer.save_checkpoint(folder, stream_state())
                 due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
-            if stop.is_set():
+            if stopping:
                 raise RunError(f"interrupted at step {step} of {name}: the same command goes on from there")
 
 
@@ -576,9 +590,18 @@ def is_complete(folder, hp):
     if not path.exists():
         return False
     found = read_json(path)
-    if changed := difference(found["hparams"], hp):
+    if changed := difference(read_hparams(folder), hp):
         raise UsageError(f"{folder} holds a run with {changed}: give another --out, or delete that folder")
-    return bool(found.get("complete"))
+    return bool(found.get("complete")) and (Path(folder) / "sae_weights.safetensors").exists()
+
+
+def read_hparams(folder):
+    """The settings in a run folder's hparams.json, a dict. Raises UsageError."""
+    path = Path(folder) / "hparams.json"
+    hparams = read_json(path).get("hparams")
+    if not isinstance(hparams, dict):
+        raise UsageError(f"{path}: has no settings in it: delete it or the folder it is in")
+    return hparams
 
 
 def difference(found, hp):
@@ -613,18 +636,21 @@ def load(folder):
         sae = SAE(d_in, d_sae, arch, k)
         threshold = tensors.pop("threshold", torch.zeros(()))
         tensors["threshold"] = threshold.float().clamp(min=0).expand(d_sae).clone()
-        sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (LookupError, ValueError, TypeError, RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise UsageError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        if not all(tensor.norm().isfinite() for tensor in tensors.values()):
+            raise UsageError(f"{folder}: its weights are not finite numbers")
+        sae.load_state_dict(tensors)
     except pickle.UnpicklingError:
         raise UsageError(f"{folder / 'ae.pt'}: holds more than tensors, so it was not opened") from None
+    except DAMAGE as error:
+        raise UsageError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
     sae.metadata = metadata
     return sae.eval()
 
 
 def read_saelens(folder):
     cfg = read_json(folder / "cfg.json")
-    metadata = cfg.get("metadata") or {}
+    metadata = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else {}
     names = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
     arch = names.get(cfg.get("architecture"))
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"  # before SAELens 6
@@ -683,7 +709,7 @@ def read_dictionary_learning(folder):
 def replacing(path):
     """Yield a temporary path that becomes `path` at the end, so that nobody ever sees half a file."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write into one folder
     try:
         yield temporary
         os.replace(temporary, path)
@@ -699,9 +725,13 @@ def write_json(path, value):
 
 
 def read_json(path):
+    """The JSON object in a file. Raises UsageError."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read ({first_line(error)}): delete it or the folder it is in") from None
 
 
@@ -716,7 +746,10 @@ def make_folder(folder):
 def check_writable(folder, option):
     """Raise UsageError now, not after an hour's training, where `folder` cannot be written or made."""
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: {error.strerror}; give another folder") from None
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UsageError(f"{option} {folder}: nothing can be written in {existing}; give another folder")
 
@@ -726,8 +759,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        probe = torch.zeros(1, device=name)
+        probe.cpu()
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
 
 

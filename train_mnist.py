@@ -28,6 +28,7 @@ from sae import (
     L2_FORMS,
     Hparams,
     Parser,
+    RunError,
     Trainer,
     UsageError,
     check_writable,
@@ -176,7 +177,9 @@ def sweep(args):
         hp = hparams(args, arch, k, l1, l2, seed)
         defaults = hparams(usual, arch, 32, 0.0, 0.0, 0)
         defaults.biases = hp.biases  # follows from tied_init, so a name need not say both
-        runs[run_name(hp, defaults)] = hp
+        name = run_name(hp, defaults)
+        if runs.setdefault(name, hp) != hp:
+            raise UsageError(f"--l1, --l2: two of the values are the same to 6 digits, both would be {name}")
     return runs
 
 
@@ -300,8 +303,12 @@ def main(argv=None):
         print(f"training {len(missing)} of {len(runs)} SAEs on {len(images):,} images, {device}, into {args.out}")
         with stop_signal() as stop:
             for folder in missing:
+                if is_complete(folder, runs[folder]):  # by another process, meanwhile
+                    continue
                 trainer = train(runs[folder], images, folder, device, stop)
                 finish(trainer, folder, test_images)
+                if stop.is_set():
+                    raise RunError(f"interrupted after {folder}: the same command goes on from there")
     if len(set(args.seed)) < 2:
         print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
         return

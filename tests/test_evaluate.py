@@ -316,6 +316,18 @@ def test_seeds_may_vary_with_the_data_seed_but_a_grid_of_both_is_split(tmp_path)
     assert [(group["config"]["data_seed"], group["figures"]["seeds"]) for group in grid] == [(0, [0, 1]), (1, [0, 1])]
 
 
+def test_a_grid_that_is_not_full_loses_no_seed(tmp_path):
+    for data_seed, seed in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        write_run(tmp_path / f"r_data-seed-{data_seed}_seed{seed}", random_sae(), seed, data_seed=data_seed)
+    assert [group["figures"]["seeds"] for group in compare_seeds(find_runs([tmp_path]))] == [[0, 1, 2], [0, 1]]
+
+
+def test_a_run_under_two_names_is_one_run(tmp_path):
+    run = write_run(tmp_path / "r_seed0", random_sae(), 0)
+    (tmp_path / "link").symlink_to(run)
+    assert len(find_runs([run, tmp_path / "link", run / ".." / "r_seed0"])) == 1
+
+
 def test_folders_of_others_on_different_layers_are_not_taken_for_seeds(tmp_path):
     for layer in (3, 4):
         random_sae().save(tmp_path / f"layer{layer}", {"hook_name": f"blocks.{layer}.hook_resid_post"})

@@ -512,6 +512,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
         ({"l2_form": "cubes"}, "--l2-form cubes"),
         ({"dtype": "float8"}, "--dtype float8"),
         ({"decay": 1.5}, "--decay 1.5"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: give a number below"),
     ],
 )
 def test_settings_that_cannot_work_name_their_flag(wrong, message):
@@ -687,13 +688,50 @@ def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
         SAE.load(folder)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_weights_that_are_not_finite_are_refused_rather_than_counted_as_dead(value, tmp_path):
+    tensors = random_tensors()
+    tensors["W_dec"][3] = value
+    with pytest.raises(UsageError, match="not finite"):
+        foreign(tmp_path, {"architecture": "standard"}, tensors)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "3", "[" * 100_000, '{"hparams": null}', '{"hparams": [1]}'])
+def test_settings_that_are_no_object_are_an_error(text, tmp_path):
+    (tmp_path / "hparams.json").write_text(text)
+    with pytest.raises(UsageError, match=r"hparams\.json"):
+        is_complete(tmp_path, small())
+
+
+def test_a_run_whose_weights_are_gone_is_not_complete(tmp_path):
+    train(small()).finish(tmp_path, {})
+    assert is_complete(tmp_path, small())
+    (tmp_path / "sae_weights.safetensors").unlink()
+    assert not is_complete(tmp_path, small())
+
+
+@pytest.mark.parametrize("change", ["step", "metrics", "moments"])
+def test_a_checkpoint_that_does_not_fit_the_run_is_damaged(change, tmp_path):
+    train(small(), steps=3).save_checkpoint(tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if change == "step":
+        state["step"] = 1000
+    elif change == "metrics":
+        state["metrics"] = None
+    else:
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UsageError, match="damaged"):
+        Trainer(small(), data()).resume(tmp_path)
+
+
 def test_an_unfinished_run_folder_says_so(tmp_path):
     train(small(), steps=2).save_checkpoint(tmp_path)
     with pytest.raises(UsageError, match="unfinished"):
         SAE.load(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0, 100, -200])
+@pytest.mark.parametrize("cut", [0, 4, 100, -200])
 def test_a_damaged_checkpoint_names_itself_and_the_way_out(cut, tmp_path):
     train(small(), steps=2).save_checkpoint(tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -712,7 +750,7 @@ def test_a_folder_of_other_settings_is_not_taken_for_this_run(tmp_path):
 
 
 def test_a_fork_with_a_new_setting_keeps_its_finished_runs(tmp_path):
-    write_hparams(tmp_path, small(), complete=True, bfloat16=False)
+    train(small()).finish(tmp_path, {})
     found = json.loads((tmp_path / "hparams.json").read_text())
     del found["hparams"]["aux"]  # as written before there was such a setting
     (tmp_path / "hparams.json").write_text(json.dumps(found))
