@@ -65,16 +65,23 @@ RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 # Model: any causal language model of transformers, and the residual stream after one of its blocks
 
 
+@contextmanager
+def loading(name):
+    """Turn what transformers raises for a model that is not there into a UsageError with the way out."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        way_out = "give a folder with a model in it, or a name of the hub and a network"
+        raise UsageError(f"--model {name}: cannot be loaded ({first_line(error)}): {way_out}") from None
+
+
 def load_model(name, device):
     """The model, in eval mode, and its tokenizer. Raises UsageError where there is no such model."""
     # float32 on the CPU; on a GPU the precision in which Pythia and its like were published, or bfloat16
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    try:
+    with loading(name):
         model = AutoModelForCausalLM.from_pretrained(name, **{DTYPE: dtype})
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        way_out = "give a folder with a model in it, or a name of the hub and a network"
-        raise UsageError(f"--model {name}: cannot be loaded ({first_line(error)}): {way_out}") from None
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -438,11 +445,8 @@ def parse(argv):
 
 def check_model(args):
     """The width of the residual stream, from the model's configuration. Raises UsageError."""
-    try:
+    with loading(args.model):
         config = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        way_out = "give a folder with a model in it, or a name of the hub and a network"
-        raise UsageError(f"--model {args.model}: cannot be loaded ({first_line(error)}): {way_out}") from None
     if not 0 <= args.layer < config.num_hidden_layers:
         raise UsageError(f"--layer {args.layer}: {args.model} has blocks 0 to {config.num_hidden_layers - 1}")
     longest = getattr(config, "max_position_embeddings", None) or args.context
