@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -149,8 +150,24 @@ def run_name(hp, defaults):
 
 def topk(pre_acts, k):
     """Keep the k largest of each row, where positive; zero the rest."""
-    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
+    indices = largest(pre_acts, k)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, pre_acts.gather(-1, indices).relu())
+
+
+def largest(x, k, fold=8):
+    """Indices of the k largest of each row of x [..., n], in no order: x.topk(k).indices, several times faster.
+
+    Fold the row into n / 8 columns of 8. The k largest lie in the k columns whose maxima are largest, so a search
+    among n / 8 numbers (folded again, while that pays) and one among 8 k take the place of one among n.
+    """
+    n = x.shape[-1]
+    if n % fold or n < 4 * fold * k:
+        return x.topk(k, dim=-1, sorted=False).indices
+    columns = x.unflatten(-1, (fold, n // fold))
+    best = largest(columns.amax(-2), k)
+    inside = columns.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], fold, k)).flatten(-2)
+    winners = inside.topk(k, dim=-1, sorted=False).indices
+    return winners // k * (n // fold) + best.gather(-1, winners % k)
 
 
 def batchtopk(pre_acts, k):
@@ -174,7 +191,7 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, arch="topk", k=0):
         super().__init__()
         self.d_in, self.d_sae, self.arch, self.k = d_in, d_sae, arch, k
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # so that a feature's weights lie together in memory
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -193,7 +210,7 @@ class SAE(nn.Module):
         # a product of a vector with W_enc. Through x - b_dec it would cost one more product over the batch.
         # (Adding -b_dec @ W_enc to b_enc would do too, but in bfloat16 it cancels badly against x @ W_enc.)
         b_dec = self.b_dec.detach()
-        return (x - b_dec) @ self.W_enc + (self.b_enc + (b_dec - self.b_dec) @ self.W_enc)
+        return F.linear(x - b_dec, self.W_enc.T, self.b_enc + (b_dec - self.b_dec) @ self.W_enc)
 
     def activate(self, pre_acts, k):
         if self.arch == "relu":
@@ -256,6 +273,70 @@ class SAE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The forward pass of training, twice: as the formula says, and from the active entries alone. Both return
+# (pre_acts [B, d_sae], acts, the prefixes' reconstructions [B, d_in], how often each latent fired [d_sae]).
+
+
+def dense_pass(sae, x, k):
+    """The formula. All that ReLU SAEs can do, and what the tests hold sparse_pass against."""
+    pre_acts = sae.pre_acts(x)
+    acts = sae.activate(pre_acts, k)
+    return pre_acts, acts, sae.decode_prefixes(acts), (acts > 0).sum(0)
+
+
+def sparse_pass(sae, x, k):
+    """The same from the k * B active entries of acts; here acts is [k * B], the values of those alone.
+
+    An entry that was not chosen is zero: it adds nothing to x_hat and its pre_act gets no gradient. So of the six
+    dense products of a step (three forward and backward for encoder and decoder each) only the first is needed.
+    """
+    with torch.no_grad():
+        pre_acts = F.linear(x - sae.b_dec, sae.W_enc.T, sae.b_enc)
+        if sae.arch == "topk":
+            entries = largest(pre_acts, k) + torch.arange(0, pre_acts.numel(), sae.d_sae, device=x.device)[:, None]
+        else:
+            entries = largest(pre_acts.flatten(), k * len(x))
+        entries = entries.flatten().sort().values  # row * d_sae + latent
+    acts = pick(sae, x, pre_acts, entries).relu()
+    rows, latents = entries // sae.d_sae, entries % sae.d_sae
+    fired = torch.zeros(sae.d_sae, device=x.device).index_add_(0, latents, (acts > 0).float())
+    n_groups, ends = len(sae.group_sizes), torch.tensor(sae.group_sizes, device=x.device).cumsum(0)
+    groups = torch.searchsorted(ends, latents, right=True) if n_groups > 1 else 0
+    by_group = weighted_sums(acts, latents, sae.W_dec, rows * n_groups + groups, len(x) * n_groups)
+    return pre_acts, acts, [*(by_group.view(len(x), n_groups, -1).cumsum(1) + sae.b_dec).unbind(1)], fired
+
+
+def weighted_sums(weights, sources, vectors, targets, n):
+    """out [n, width], where out[t] = sum of weights[e] * vectors[sources[e]] over the entries e with targets[e] = t."""
+    targets, order = targets.sort()
+    starts = torch.searchsorted(targets, torch.arange(n, device=targets.device))
+    return F.embedding_bag(sources[order], vectors, starts, mode="sum", per_sample_weights=weights[order])
+
+
+def pick(sae, x, pre_acts, entries):
+    """pre_acts.flatten()[entries], with the gradient that pre_acts itself, computed without one, does not have."""
+    values = pre_acts.flatten()[entries].to(x.dtype)
+    return Pick.apply(values, x, sae.W_enc, sae.b_enc, sae.b_dec, entries)
+
+
+class Pick(torch.autograd.Function):
+    """Values of ((x - b_dec) @ W_enc + b_enc).flatten()[entries] in, the same out; backward to W_enc and biases."""
+
+    @staticmethod
+    def forward(ctx, values, x, W_enc, b_enc, b_dec, entries):
+        ctx.save_for_backward(x, W_enc, b_dec, entries)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, W_enc, b_dec, entries = ctx.saved_tensors
+        rows, latents = entries // W_enc.shape[1], entries % W_enc.shape[1]
+        of_W_enc = weighted_sums(gradient, rows, x - b_dec, latents, W_enc.shape[1]).T
+        of_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, latents, gradient)
+        return None, None, of_W_enc, of_b_enc, -(W_enc @ of_b_enc), None
+
+
+# ---------------------------------------------------------------------------------------------------
 # Initialisation
 
 
@@ -298,7 +379,7 @@ L1_FORMS = {
     "mean": lambda W: W.abs().mean(),  # MNIST
 }
 L2_FORMS = {
-    "squares": lambda W: (W * W).sum(),  # the paper's formula, everywhere
+    "squares": lambda W: W.norm() ** 2,  # the paper's formula, everywhere: the sum of squares
     "norms": lambda W: W.norm(),  # the released notebook for MNIST with tied initialisation and unit norm
 }
 
@@ -322,34 +403,37 @@ def squared_error(x_hat, x, reduction):
     return error.sum(1).mean() if reduction == "sum" else error.mean()
 
 
-def auxiliary_loss(sae, pre_acts, residual, dead):
+def auxiliary_loss(sae, x, pre_acts, residual, dead):
     """Gao et al. 2024 (arXiv:2406.04093), A.2: dead latents reconstruct what the living ones left over.
 
     Only the d_in / 2 strongest of the `dead` [d_sae] take part. The residual x - x_hat is a constant here, and
     the error is measured in units of its variance. Zero where no latent is dead.
     """
-    candidates = torch.where(dead, pre_acts, 0)
-    reconstruction = topk(candidates, min(sae.d_in // 2, sae.d_sae)) @ sae.W_dec
+    # topk(candidates, d_in / 2) @ W_dec, by way of the active entries as in sparse_pass
+    candidates = torch.where(dead, pre_acts.detach(), 0)
+    latents = largest(candidates, max(1, min(sae.d_in // 2, sae.d_sae)))
+    rows = torch.arange(len(x), device=x.device)[:, None].expand_as(latents)
+    acts = pick(sae, x, candidates, (rows * sae.d_sae + latents).flatten()).relu()
+    reconstruction = weighted_sums(acts, latents.flatten(), sae.W_dec, rows.flatten(), len(x))
     variance = squared_error(residual.mean(0), residual, "sum")
     return dead.any() * squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
 
 
-def total_loss(sae, hp, x, k, dead=None):
+def total_loss(sae, hp, x, k, dead=None, dense=False):
     """The training loss on x [B, d_in]; `dead` [d_sae] marks the latents for the auxiliary loss, if any.
 
-    Returns the loss and, for the log, a dict of its parts with acts [B, d_sae] and x_hat [B, d_in].
+    Returns the loss and, for the log, a dict of its parts with acts and fired (see dense_pass) and x_hat [B, d_in].
     """
-    pre_acts = sae.pre_acts(x)
-    acts = sae.activate(pre_acts, k)
-    prefixes = sae.decode_prefixes(acts)
+    forward = dense_pass if dense or hp.arch == "relu" else sparse_pass
+    pre_acts, acts, prefixes, fired = forward(sae, x, k)
     recon = sum(squared_error(x_hat, x, hp.reduction) for x_hat in prefixes) / len(prefixes)
     penalty = weight_penalty(sae, hp.l1, hp.l2, hp.l1_form, hp.l2_form)
     loss = recon + penalty
     if hp.arch == "relu" and hp.sparsity:
         loss = loss + hp.sparsity * (acts.sum(1).mean() if hp.reduction == "sum" else acts.mean())
     if dead is not None:
-        loss = loss + hp.aux * auxiliary_loss(sae, pre_acts, (x - prefixes[-1]).detach(), dead)
-    return loss, {"recon": recon, "penalty": penalty, "acts": acts, "x_hat": prefixes[-1]}
+        loss = loss + hp.aux * auxiliary_loss(sae, x, pre_acts, (x - prefixes[-1]).detach(), dead)
+    return loss, {"recon": recon, "penalty": penalty, "acts": acts.detach(), "fired": fired, "x_hat": prefixes[-1]}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -386,7 +470,7 @@ def use_bfloat16(hp, device):
     """Whether matrix products run in bfloat16: where asked, or where the hardware has units for it."""
     if hp.dtype == "auto":
         cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return cuda or (device.type == "cpu" and "amx_bf16" in cpu_flags())
+        return cuda or (device.type == "cpu" and any(unit in cpu_flags() for unit in ("amx_bf16", "avx512_bf16")))
     return hp.dtype == "bfloat16"
 
 
@@ -419,9 +503,9 @@ class Trainer:
         """One update on x [B, d_in], on the trainer's device. Raises RunError where the loss is not finite."""
         hp, sae = self.hp, self.sae
         self.optimizer.param_groups[0]["lr"] = learning_rate(hp, self.step)
-        # Whether any latent is dead is known on the device only; before dead_after inputs, none can be.
-        may_be_dead = hp.arch != "relu" and hp.aux and self.step * hp.batch_size >= hp.dead_after
-        dead = self.inputs_since_fired >= hp.dead_after if may_be_dead else None
+        # Whether any latent is dead is known on the device only; asking at log steps is often enough
+        any_dead = hp.arch != "relu" and hp.aux and self.metrics and self.metrics[-1]["dead"]
+        dead = self.inputs_since_fired >= hp.dead_after if any_dead else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss, parts = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
         loss.backward()
@@ -436,11 +520,10 @@ class Trainer:
         if hp.unit_norm:
             rescale_decoder(sae)
 
-        acts = parts["acts"].detach()
         self.inputs_since_fired += len(x)
-        self.inputs_since_fired.masked_fill_(acts.amax(0) > 0, 0)
+        self.inputs_since_fired.masked_fill_(parts["fired"] > 0, 0)
         if hp.arch in ("batchtopk", "matryoshka"):
-            self.update_threshold(acts)
+            self.update_threshold(parts["acts"])
         self.step += 1
         if self.step % LOG_EVERY == 0 or self.step == hp.steps:
             self.log(x, loss, parts)
@@ -461,7 +544,7 @@ class Trainer:
             "step": self.step,
             "loss": loss.item(),
             "recon": parts["recon"].item(),
-            "l0": (parts["acts"] > 0).sum(1).float().mean().item(),
+            "l0": parts["fired"].sum().item() / len(x),
             "fve": 1 - (error / variance.clamp(min=1e-12)).item(),
             "penalty": parts["penalty"].item(),
             "dead": int((self.inputs_since_fired >= self.hp.dead_after).sum()),

@@ -69,6 +69,19 @@ def test_topk_keeps_the_k_largest_positive_entries_of_each_row():
         assert result == [row[i] if i in kept and row[i] > 0 else 0 for i in range(30)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(64, 2), (64, 1), (4096, 5), (4096, 128), (4097, 5), (100, 100)])
+def test_largest_finds_what_a_full_search_finds(n, k, dtype):
+    for seed in range(5):
+        x = (data(7, n, seed) * 10).to(dtype)  # in bfloat16 many are equal
+        if seed == 4:
+            x = x.round().clamp(min=0)
+        indices = sae_module.largest(x, k)
+        assert indices.shape == (7, k)
+        assert all(len(set(row)) == k for row in indices.tolist()), "no entry twice"
+        assert torch.equal(x.gather(-1, indices).sort(-1).values, x.sort(-1).values[:, n - k :])
+
+
 def test_batchtopk_keeps_the_k_times_b_largest_of_the_batch():
     pre_acts = data(20, 30)
     acts = batchtopk(pre_acts, 2)
@@ -97,14 +110,15 @@ def test_batchtopk_in_eval_mode_treats_each_input_by_itself():
 # --- loss
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction):
+def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, dense):
     hp = small(arch, l1=0.01, l2=0.02, reduction=reduction)
     x = data().double()
     model = double_sae(hp, x)
     dead = torch.rand(hp.d_sae, generator=torch.Generator().manual_seed(3)) < 0.3
-    loss, _ = total_loss(model, hp, x, hp.k, dead)
+    loss, _ = total_loss(model, hp, x, hp.k, dead, dense)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -140,6 +154,33 @@ def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction):
         assert torch.allclose(gradients[name], parameter.grad, atol=1e-12), name
 
 
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+def test_sparse_and_dense_training_stay_together_for_300_steps(arch, monkeypatch):
+    def losses(dense):
+        with monkeypatch.context() as patch:
+            patch.setattr(sae_module, "total_loss", lambda *args: total_loss(*args, dense=dense))
+            patch.setattr(sae_module, "LOG_EVERY", 1)
+            trainer = train(small(arch, steps=300, l2=1e-3, lr=1e-3, dead_after=160))
+        return torch.tensor([row["loss"] for row in trainer.metrics])
+
+    assert torch.allclose(losses(dense=False), losses(dense=True), rtol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+def test_sparse_gradients_in_bfloat16_are_the_dense_ones_within_rounding(arch):
+    hp = small(arch, d_sae=256)
+    model, gradients = SAE(hp.d_in, hp.d_sae, hp.arch, hp.k).train(), []
+    initialise(model, hp, data())
+    for dense in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = total_loss(model, hp, data(64), hp.k, dense=dense)
+        model.zero_grad()
+        loss.backward()
+        gradients.append((loss.detach(), parts["fired"].float(), *(p.grad for p in model.parameters())))
+    for sparse, dense in zip(*gradients):
+        assert (sparse - dense).norm() < 0.02 * dense.norm()
+
+
 def test_auxiliary_loss_reaches_no_living_latent():
     hp = small(aux=1.0)
     x = data().double()
@@ -147,7 +188,7 @@ def test_auxiliary_loss_reaches_no_living_latent():
     dead = torch.zeros(64, dtype=torch.bool)
     dead[:10] = True
     pre_acts = model.pre_acts(x)
-    sae_module.auxiliary_loss(model, pre_acts, x, dead).backward()
+    sae_module.auxiliary_loss(model, x, pre_acts, x, dead).backward()
     assert model.W_dec.grad[:10].abs().sum() > 0
     assert model.W_dec.grad[10:].abs().sum() == 0
     assert model.W_enc.grad[:, 10:].abs().sum() == 0
@@ -407,7 +448,9 @@ def test_dead_counters_count_inputs_since_a_latent_fired():
     assert (trainer.inputs_since_fired[fires] == 0).all()
 
 
-def test_auxiliary_loss_trains_latents_that_never_win():
+def test_auxiliary_loss_trains_latents_that_never_win(monkeypatch):
+    monkeypatch.setattr(sae_module, "LOG_EVERY", 10)  # which latents are dead is asked at log steps
+
     def encoder_norms(aux):
         hp = small(aux=aux, dead_after=32, steps=100, k_anneal=0.0, warmup=0)
         trainer = Trainer(hp, data())
@@ -418,7 +461,7 @@ def test_auxiliary_loss_trains_latents_that_never_win():
         return trainer.sae.W_enc[:, :20].norm(dim=0)
 
     assert (encoder_norms(0.0) < 0.011).all()
-    assert (encoder_norms(1 / 32) > 0.1).all()
+    assert (encoder_norms(1 / 32) > 0.05).all()
 
 
 def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
@@ -476,7 +519,11 @@ def test_bfloat16_follows_float32_within_its_rounding():
 
 
 def test_auto_dtype_asks_the_hardware(monkeypatch):
-    for flags, expected in (("flags: avx2 amx_bf16 amx_tile", True), ("flags: avx2", False)):
+    for flags, expected in (
+        ("flags: avx2 amx_bf16 amx_tile", True),
+        ("flags: avx512_bf16", True),
+        ("flags: avx2", False),
+    ):
         monkeypatch.setattr(sae_module, "cpu_flags", lambda flags=flags: flags)
         assert use_bfloat16(small(dtype="auto"), torch.device("cpu")) is expected
 
