@@ -1,5 +1,95 @@
-"""No test needs the network: said before transformers is imported, so that it does not try."""
+"""Models made here in seconds. No test needs the network: said before transformers is imported, so it does not try."""
 
+import http.server
+import json
 import os
+import threading
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+FAMILIES = {
+    "gpt_neox": transformers.GPTNeoXConfig,
+    "gpt2": transformers.GPT2Config,
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+}
+
+
+def tiny_model(family="gpt_neox", layers=4, vocab=97, width=16):
+    config = FAMILIES[family](vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2)
+    config.intermediate_size = 32
+    config.num_key_value_heads = 2
+    config.max_position_embeddings = config.n_positions = 64
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A model and its tokenizer on disk: bytes of ASCII are the tokens, number 96 ends a text."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    vocab = {chr(32 + i): i for i in range(95)} | {"\n": 95, "<|endoftext|>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+class ChatServer(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint on loopback. `answer` makes a text of a prompt; `faults`, one a request, are a
+    (status, headers, body), "hang" or "cut", and come first. Every request's body is kept in `requests`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.answer, self.faults, self.requests, self.headers = lambda prompt: "None", [], [], []
+        self.lock = threading.Lock()
+
+
+class ChatHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.headers.append(dict(self.headers) | {"path": self.path})
+            fault = self.server.faults.pop(0) if self.server.faults else None
+        if callable(fault):
+            fault = fault(body)
+        if fault == "hang":
+            time.sleep(3)
+            return
+        status, headers, text = 200, {}, None
+        if isinstance(fault, tuple):
+            status, headers, text = fault
+        if text is None:
+            text = self.server.answer(body["messages"][0]["content"])
+            text = json.dumps({"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 7}})
+        payload = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(payload[: len(payload) // 2] if fault == "cut" else payload)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def chat():
+    server = ChatServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()

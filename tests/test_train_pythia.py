@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from conftest import FAMILIES, tiny_model
 
 import evaluate
 import train_pythia
@@ -24,35 +22,8 @@ from sae import SAE, RunError, UsageError
 from train_pythia import Activations, blocks, documents, fetch, open_tokens, parse, residual_stream, tokenise
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = {
-    "gpt_neox": transformers.GPTNeoXConfig,
-    "gpt2": transformers.GPT2Config,
-    "llama": transformers.LlamaConfig,
-    "qwen2": transformers.Qwen2Config,
-}
 REAL_LM = os.environ.get("SAE_LM_DIR")
 needs_lm = pytest.mark.skipif(not REAL_LM, reason="SAE_LM_DIR names no folder with a language model and its tokens")
-
-
-def tiny_model(family="gpt_neox", layers=4, vocab=97, width=16):
-    config = FAMILIES[family](vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2)
-    config.intermediate_size = 32
-    config.num_key_value_heads = 2
-    config.max_position_embeddings = config.n_positions = 64
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A model and its tokenizer on disk: bytes of ASCII are the tokens, number 96 ends a text."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    vocab = {chr(32 + i): i for i in range(95)} | {"\n": 95, "<|endoftext|>": 96}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
