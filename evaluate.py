@@ -466,7 +466,7 @@ def report_groups(folders):
     for group in tqdm(groups, desc="matching seeds", unit="configuration"):
         paths = [folder / "quality.json" for folder in group["folders"]]
         group["quality"] = [read_json(path) if path.exists() else None for path in paths]
-        group["label"] = ", ".join(f"{name} {group['config'].get(name)}" for name in varying(groups)) or group["label"]
+        group["label"] = short_label(group["config"], varying(groups)) or group["label"]
         group["figures"], group["best"] = consistency(group["saes"], group["seeds"])
         for path, result in zip(paths, group["quality"]):
             if result is None:
@@ -478,6 +478,11 @@ def varying(groups):
     """The settings in which the configurations of groups differ, the architecture first."""
     names = dict.fromkeys(name for group in groups for name in group["config"])
     return [name for name in names if len({str(group["config"].get(name)) for group in groups}) > 1]
+
+
+def short_label(config, names):
+    """Some settings of a configuration, in words."""
+    return ", ".join(f"{name} {config.get(name)}" for name in names)
 
 
 def measured(group, *names):
@@ -1019,7 +1024,7 @@ def plot_penalties(groups):
     weights = sorted({group["config"].get("l2") or 0 for group in groups})
     lines = {}
     for group in groups:
-        others = ", ".join(f"{name} {group['config'].get(name)}" for name in varying(groups) if name != "l2")
+        others = short_label(group["config"], [name for name in varying(groups) if name != "l2"])
         lines.setdefault(others, []).append(group)
     recovered = "loss_recovered" if any(measured(group, "loss_recovered") for group in groups) else "fve"
     panels = [(recovered.replace("_", " "), lambda g: measured(g, recovered))]

@@ -1,4 +1,4 @@
-"""Models made here in seconds. No test needs the network: said before transformers is imported, so it does not try."""
+"""Models, SAEs and an endpoint made here in seconds. No test needs the network, which is said before transformers loads."""
 
 import http.server
 import json
@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+import evaluate
 
 FAMILIES = {
     "gpt_neox": transformers.GPTNeoXConfig,
@@ -40,6 +42,43 @@ def model_folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
+
+
+def line(model_folder, tokens_file, out, *more):
+    """A command line that trains for 30 steps."""
+    flags = ["--model", model_folder, "--data", tokens_file, "--layer", 2, "--d-sae", 64, "--k", 4, "--tokens", 1500]
+    flags += ["--batch-size", 50, "--context", 16, "--lr", 1e-2, "--warmup", 3, "--out", out, "--device", "cpu", *more]
+    return [str(flag) for flag in flags]
+
+
+@pytest.fixture
+def run_folder(model_folder, tmp_path, monkeypatch):
+    """The folders of two trained SAEs, seeds 0 and 1."""
+    import train_pythia
+
+    monkeypatch.setattr(train_pythia, "BUFFER", 1000)
+    tokens = tmp_path / "tokens.bin"
+    torch.randint(0, 96, (6000,), generator=torch.Generator().manual_seed(0)).to(torch.uint16).numpy().tofile(tokens)
+    train_pythia.main(line(model_folder, tokens, tmp_path / "out", "--seed", 0, 1))
+    return sorted((tmp_path / "out").iterdir())
+
+
+def autointerp(run, chat, *more):
+    flags = [
+        "--judge",
+        "wise",
+        "--base-url",
+        chat.url,
+        "--n",
+        10,
+        "--context",
+        32,
+        "--half-window",
+        3,
+        "--device",
+        "cpu",
+    ]
+    evaluate.main(["autointerp", str(run), *map(str, flags), *map(str, more)])
 
 
 class ChatServer(http.server.ThreadingHTTPServer):

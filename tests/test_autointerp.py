@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import autointerp, tiny_model
 
 import evaluate
 from evaluate import Judge, ask_all, collect_windows, parse_explanation, parse_numbers, selected_acts
@@ -408,37 +408,6 @@ def test_marks_join_neighbours():
 
 
 # --- the command
-
-
-@pytest.fixture
-def run_folder(model_folder, tmp_path, monkeypatch):
-    from test_train_pythia import line
-
-    import train_pythia
-
-    monkeypatch.setattr(train_pythia, "BUFFER", 1000)
-    tokens = tmp_path / "tokens.bin"
-    torch.randint(0, 96, (6000,), generator=torch.Generator().manual_seed(0)).to(torch.uint16).numpy().tofile(tokens)
-    train_pythia.main(line(model_folder, tokens, tmp_path / "out", "--seed", 0, 1))
-    return sorted((tmp_path / "out").iterdir())
-
-
-def autointerp(run, chat, *more):
-    flags = [
-        "--judge",
-        "wise",
-        "--base-url",
-        chat.url,
-        "--n",
-        10,
-        "--context",
-        32,
-        "--half-window",
-        3,
-        "--device",
-        "cpu",
-    ]
-    evaluate.main(["autointerp", str(run), *map(str, flags), *map(str, more)])
 
 
 def test_the_command_writes_scores_and_a_page_and_costs_nothing_twice(run_folder, chat, capsys):

@@ -426,3 +426,28 @@ def test_quality_of_a_run_that_is_not_of_a_language_model_is_an_error(tmp_path):
     write_run(tmp_path / "r", random_sae(), 0)
     with pytest.raises(UsageError, match=r"not a run of train_pythia\.py"):
         evaluate.main(["quality", str(tmp_path / "r")])
+
+
+# --- report
+
+
+def test_the_report_joins_quality_and_consistency(run_folder, tmp_path, capsys):
+    evaluate.main(["quality", str(run_folder[0]), str(run_folder[1]), "--tokens", "600", "--device", "cpu"])
+    evaluate.main(["report", str(run_folder[0].parent), "--out", str(tmp_path / "report")])
+    results = [json.loads((folder / "quality.json").read_text()) for folder in run_folder]
+    head, _, line = (tmp_path / "report" / "report.md").read_text().splitlines()
+    cells = dict(zip(*([cell.strip() for cell in row.strip("|").split("|")] for row in (head, line))))
+    assert cells["seeds"] == "2"
+    for name, column, digits in (("fve", "fve", 3), ("loss_recovered", "loss recovered", 4), ("l0", "l0", 1)):
+        mean = sum(result[name] for result in results) / 2
+        assert float(cells[column]) == pytest.approx(mean, abs=0.6 * 10**-digits)
+    figures, _, _ = match_pair(*map(SAE.load, run_folder))
+    assert cells["shared"] == "{shared:.3f} ({shared_alive:.3f})".format(**figures)
+    for name in ("penalties.png", "consistency_shares.png", "consistency.json"):
+        assert (tmp_path / "report" / name).stat().st_size > 100
+
+
+def test_the_report_works_without_quality_and_with_one_seed(run_folder, tmp_path, capsys):
+    evaluate.main(["report", str(run_folder[0]), "--out", str(tmp_path / "report")])
+    assert "evaluate.py quality measures" in capsys.readouterr().err
+    assert (tmp_path / "report" / "report.md").read_text().splitlines()[-1].count(" -") >= 5

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, line, tiny_model
 
 import evaluate
 import train_pythia
@@ -38,13 +38,6 @@ def small_buffer(monkeypatch, tmp_path):
     monkeypatch.setattr(train_pythia, "BUFFER", 1000)
     monkeypatch.setattr(train_pythia, "FORWARD", 128)
     monkeypatch.setattr(train_pythia, "CACHE", tmp_path / "cache")
-
-
-def line(model_folder, tokens_file, out, *more):
-    """A command line that trains for 30 steps."""
-    flags = ["--model", model_folder, "--data", tokens_file, "--layer", 2, "--d-sae", 64, "--k", 4, "--tokens", 1500]
-    flags += ["--batch-size", 50, "--context", 16, "--lr", 1e-2, "--warmup", 3, "--out", out, "--device", "cpu", *more]
-    return [str(flag) for flag in flags]
 
 
 # --- model

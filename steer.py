@@ -1,0 +1,687 @@
+"""Steer a language model with the features of SAEs, and measure what that does.
+
+    python steer.py runs/pythia/topk_k40_l2-0_seed0 runs/pythia/topk_k40_l2-0.0001_seed0 --strength 5 10 20
+    python steer.py RUN RUN --base-url https://api.example.com/v1 --judge some-model      rated by a judge as well
+
+For each feature and neutral prompt the model writes three texts from the same random draws: as it is, with the
+feature's decoder direction added to the residual stream, and with a random direction of the same size (the control:
+what noise achieves). Without a judge that gives echo, perplexity and promoted tokens; a judge rates 1 to 5 whether
+the steered text is more related to the feature's explanation (see evaluate.py autointerp), 4 or 5 being success.
+Each run folder gets steering.json; --out the comparison of the runs and the figures. A reading order: `generate`,
+`read_back`, `steer_run`, `rate`, then the statistics.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy import stats
+from tqdm import tqdm
+
+import evaluate
+from sae import (
+    SAE,
+    Parser,
+    UsageError,
+    check_writable,
+    flag,
+    make_folder,
+    pick_device,
+    read_json,
+    run_command,
+    stop_signal,
+    write_json,
+)
+from train_pythia import residual_stream, spliced
+
+PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
+NEUTRAL = "From my experience,"  # the prompt of the two predictors
+MODES = ("fixed", "rms", "preact")
+SUCCESS = 4  # a rating from which the steered text counts as more related
+RESAMPLES = 10_000  # of permutations and bootstraps
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing with a direction added
+
+
+@torch.no_grad()
+def steering_vectors(sae, features, mode, strength, rms):
+    """What to add to the residual stream for each feature, [n, d_in]: its decoder direction, made as long as
+
+    strength (fixed), strength times `rms`, the root mean square norm of the residual stream (rms), or as raises the
+    feature's own pre-activation by strength (preact; not a number where encoder and decoder point apart).
+    """
+    direction = evaluate.unit_rows(sae.W_dec[features])
+    if mode == "preact":
+        gain = (direction * sae.W_enc.T[features]).sum(1, keepdim=True)
+        return direction * torch.where(gain > 0, strength / gain, torch.nan)
+    return direction * strength * (rms if mode == "rms" else 1.0)
+
+
+def sample(logits, uniform, temperature, top_p):
+    """Next tokens [n] from logits [n, vocabulary] by the inverse of the distribution function at uniform [n].
+
+    Of the likeliest tokens that together reach top_p; the same uniform number and logits give the same token.
+    """
+    if temperature == 0:
+        return logits.argmax(1)
+    probability, tokens = (logits.float() / temperature).softmax(1).sort(1, descending=True)
+    below = probability.cumsum(1) - probability  # the probability of all likelier tokens
+    kept = torch.where(below < top_p, probability, 0).cumsum(1)
+    choice = (kept <= uniform[:, None] * kept[:, -1:]).sum(1, keepdim=True).clamp(max=kept.shape[1] - 1)
+    return tokens.gather(1, choice)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, layer, prompt, vectors, uniform, temperature=0.7, top_p=0.9, steer_prompt=False):
+    """Continue `prompt` (a list of token ids) in n ways: token ids [n, steps], one row for each of vectors [n, d_in].
+
+    While a token is generated, its row's vector is added to the residual stream after block `layer` at the newest
+    position; at the prompt's positions only if steer_prompt. uniform [n, steps] are the random draws.
+    """
+    written, past = [], None
+    tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
+    for step in range(uniform.shape[1]):
+        added = vectors[:, None] if past is not None or steer_prompt else 0.0
+        with spliced(model, layer, lambda resid, added=added: resid + added):
+            out = model(input_ids=tokens, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        tokens = sample(out.logits[:, -1], uniform[:, step], temperature, top_p)[:, None]
+        written.append(tokens)
+    return torch.cat(written, 1)
+
+
+def draws(seed, feature, prompt_number, steps):
+    """The random draws of one feature and prompt: they do not depend on what else is generated with it."""
+    return np.random.default_rng([seed, feature, prompt_number]).random(steps, dtype=np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measures that need no judge
+
+
+@torch.no_grad()
+def read_back(model, layer, sae, prompt, texts, features, eos=None):
+    """How the unsteered model reads texts [n, steps] after the prompt: for each its feature's mean activation, and
+    its perplexity, each over the tokens before the first end of text."""
+    found = []
+
+    def keep(resid):
+        found.append(resid)
+        return resid
+
+    beginning = torch.tensor(prompt, device=texts.device).expand(len(texts), -1)
+    with spliced(model, layer, keep):
+        logits = model(input_ids=torch.cat([beginning, texts], 1), use_cache=False).logits
+    loss = F.cross_entropy(logits[:, len(prompt) - 1 : -1].float().transpose(1, 2), texts, reduction="none")
+    acts = sae.encode(found[0][:, len(prompt) :].flatten(0, 1).float()).view(*texts.shape, -1)
+    acts = acts.gather(2, features[:, None, None].expand(-1, texts.shape[1], 1))[..., 0]
+    counted = ((texts == eos).cumsum(1) == 0).float()
+    counted[:, 0] = 1  # a text that ends at once is that end
+    n = counted.sum(1)
+    return (acts * counted).sum(1) / n, ((loss * counted).sum(1) / n).exp()
+
+
+def final_norm(model):
+    """The normalisation before the unembedding, whatever the family calls it."""
+    names = ("final_layer_norm", "ln_f", "norm")
+    return next(getattr(model.base_model, name) for name in names if hasattr(model.base_model, name))
+
+
+@torch.no_grad()
+def promoted_tokens(model, directions, k):
+    """The k tokens that each direction [n, d_in] raises most, through the final norm and unembedding: [n, k]."""
+    weight = model.get_output_embeddings().weight
+    return model.get_output_embeddings()(final_norm(model)(directions.to(weight.dtype))).topk(k, dim=1).indices
+
+
+@torch.no_grad()
+def output_score(logits, promoted):
+    """How far steering brings out what the feature promotes (arXiv:2505.20063): of its promoted tokens [n, k], the
+    highest probability in the steered logits [n, vocabulary], times 1 - (their best rank) / vocabulary. [n]"""
+    best = logits.gather(1, promoted).amax(1, keepdim=True)
+    rank = (logits > best).sum(1)
+    return logits.float().softmax(1).gather(1, promoted).amax(1) * (1 - rank / logits.shape[1])
+
+
+@torch.no_grad()
+def token_confidence(logits, k=10):
+    """Minus the mean log-probability of the k likeliest tokens: high where one of them takes all. [n]"""
+    return -logits.float().log_softmax(1).topk(k, dim=1).values.mean(1)
+
+
+@torch.no_grad()
+def predictors(model, layer, prompt, vectors, promoted):
+    """Two published predictors of steering, from one next-token distribution after a neutral prompt, steered at its
+    last position: the output score, and delta token confidence (arXiv:2510.03659), steered minus not. Each [n]."""
+    tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
+
+    def steer(resid):
+        return torch.cat([resid[:, :-1], resid[:, -1:] + vectors[:, None].to(resid.dtype)], 1)
+
+    with spliced(model, layer, steer):
+        steered = model(input_ids=tokens, use_cache=False).logits[:, -1]
+    plain = model(input_ids=tokens[:1], use_cache=False).logits[:, -1]
+    return output_score(steered, promoted), token_confidence(steered) - token_confidence(plain)
+
+
+def measure_rms(model, layer, contexts):
+    """The root mean square norm of the residual stream over contexts, a list of [B, context]; first positions apart."""
+    squares = [residual_stream(model, tokens, layer)[:, 1:].float().square().sum(2).flatten() for tokens in contexts]
+    return torch.cat(squares).mean().sqrt().item()
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run: every feature, prompt and strength
+
+
+def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progress=None):
+    """All texts and measures of an SAE: the rows of steering.json, without ratings.
+
+    `scores` is {feature: (explanation, auto-interp score)}, either None where there is none.
+    """
+    device, rows = next(model.parameters()).device, []
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = dict(zip(features, evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator))))
+    for prompt_number, prompt in enumerate(args.prompts):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(features), args.batch_size):
+            some = features[start : start + args.batch_size]
+            at = torch.tensor(some, device=device)
+            uniform = np.stack([draws(args.seed, feature, prompt_number, args.new_tokens) for feature in some])
+            options = (torch.from_numpy(uniform).to(device), args.temperature, args.top_p, args.steer_prompt)
+            original = generate(model, layer, ids, torch.zeros(len(some), sae.d_in, device=device), *options)
+            act, perplexity = read_back(model, layer, sae, ids, original, at, tokenizer.eos_token_id)
+            for strength in args.strength:
+                vectors = steering_vectors(sae, at, args.mode, strength, rms)
+                works = vectors.isfinite().all(1)
+                vectors = torch.where(works[:, None], vectors, 0.0)
+                random = torch.stack([noise[feature] for feature in some]).to(device) * vectors.norm(
+                    dim=1, keepdim=True
+                )
+                promoted = promoted_tokens(model, sae.W_dec[at], 20)
+                predicted = predictors(model, layer, tokenizer(NEUTRAL)["input_ids"], vectors, promoted)
+                columns = {
+                    "perplexity_original": perplexity,
+                    "output_score": predicted[0],
+                    "delta_confidence": predicted[1],
+                }
+                texts = {"original": original}
+                for name, added in (("", vectors), ("_control", random)):
+                    text = generate(model, layer, ids, added, *options)
+                    texts["steered" if not name else "control"] = text
+                    act_here, columns["perplexity" + name] = read_back(
+                        model, layer, sae, ids, text, at, tokenizer.eos_token_id
+                    )
+                    columns["echo" + name] = act_here - act
+                    columns["promoted" + name] = (promoted[:, :10, None] == text[:, None]).any(2).float().mean(1)
+                columns = {name: values.tolist() for name, values in columns.items()}
+                for i, feature in enumerate(some):
+                    if not works[i]:  # the encoder of this feature does not see its decoder
+                        continue
+                    row = {"feature": feature, "prompt": prompt, "strength": strength}
+                    row |= {name: tokenizer.decode(ids_of[i]) for name, ids_of in texts.items()}
+                    row |= {name: values[i] for name, values in columns.items()}
+                    row["explanation"], row["autointerp_score"] = scores.get(feature, (None, None))
+                    rows.append(row | {"ratings": {}, "ratings_control": {}})
+                if progress is not None:
+                    progress.update(len(some))
+    return rows
+
+
+def choose(sae, folder, args):
+    """The features to steer and {feature: (explanation, score)}: those of autointerp.json, else random alive ones."""
+    path = Path(folder) / "autointerp.json"
+    scores, features = {}, args.features
+    if path.exists():
+        found = read_json(path)
+        if found.get("sae") != evaluate.fingerprint(folder):
+            raise UsageError(f"{path}: is of another SAE than the one in its folder: delete it, or repeat autointerp")
+        scores = {row["feature"]: (row["explanation"], row["score"]) for row in found["features"]}
+        features = features or sorted(scores)[: args.n]
+    if not features:
+        alive = evaluate.alive_by_weight(sae).nonzero().flatten()
+        order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(args.seed))
+        features = sorted(alive[order[: args.n]].tolist())
+    if not all(0 <= feature < sae.d_sae for feature in features):
+        raise UsageError(f"--features {' '.join(map(str, features))}: this SAE has 0 to {sae.d_sae - 1}")
+    return features, scores
+
+
+# ---------------------------------------------------------------------------------------------------
+# The judge
+
+RATE = """\
+A language model was steered towards something, which somebody describes so: {explanation}
+Here are two texts. Which is more related to the description? Reply with one number and nothing else:
+1 if text A clearly is, 2 if text A rather is, 3 if neither or both are, 4 if text B rather is, 5 if text B clearly is.
+
+{fence}
+BEGIN DATA
+text A: {a}
+text B: {b}
+END DATA"""
+
+
+def parse_rating(text):
+    """A rating from 1 to 5, the only number or the last line's; None where it cannot be told."""
+    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
+    numbers = re.findall(r"\d+(?:\.\d+)?", lines[-1]) if lines else []
+    numbers = numbers[:1] if re.search(r"\d\s*(?:/|out of)\s*5\b", lines[-1] if lines else "") else numbers
+    return int(numbers[0]) if len(numbers) == 1 and numbers[0] in set("12345") else None
+
+
+def rating_question(row, name, swap):
+    """The prompt that compares a row's `name` text with the original, which is text A unless swapped; and a parser
+    that turns the answer back, so that 5 always means the steered text."""
+    texts = [json.dumps(row["prompt"] + row[key], ensure_ascii=False) for key in ("original", name)]
+    a, b = reversed(texts) if swap else texts
+    explanation = json.dumps(row["explanation"], ensure_ascii=False)
+    prompt = RATE.format(explanation=explanation, fence=evaluate.FENCE, a=a, b=b)
+
+    def parse(text):
+        rating = parse_rating(text)
+        return 6 - rating if swap and rating else rating
+
+    return prompt, parse
+
+
+def rating_questions(rows, args):
+    """For the rows whose feature has an explanation: (row, the field its rating goes to, prompt, parser).
+
+    The order of the texts is drawn from the row alone, so that repeating the command asks the same questions.
+    """
+    for row in rows:
+        for name, field in (("steered", "ratings"), ("control", "ratings_control")):
+            if row["explanation"]:
+                place = [args.seed, row["feature"], args.prompts.index(row["prompt"]), name == "control"]
+                swap = not args.fixed_order and np.random.default_rng(place).random() < 0.5
+                yield row, field, *rating_question(row, name, swap)
+
+
+def rate(rows, judges, args):
+    """Have every judge rate every steered and control text of explained features; None where no answer made sense."""
+    questions = list(rating_questions(rows, args))
+    for judge in judges:
+        asked = [question[2:] for question in questions]
+        answers = evaluate.ask_all(judge, asked, f"rating by {judge.model}", args.concurrency)
+        for (row, field, *_), (rating, _) in zip(questions, answers):
+            row[field][judge.model] = rating
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def success_of(row, field="ratings"):
+    """Whether the judges' mean rating is a success: 1.0 or 0.0; None without a rating."""
+    ratings = [rating for rating in row[field].values() if rating is not None]
+    return float(np.mean(ratings) >= SUCCESS) if ratings else None
+
+
+def echoes(row, name="echo"):
+    """Whether the model, reading the steered text, sees more of the feature than in its own: 1.0 or 0.0."""
+    return float(row[name] > 0)
+
+
+def wilson(successes, n, z=1.96):
+    """The 95% Wilson interval of a rate."""
+    if n == 0:
+        return None
+    rate, square = successes / n, z * z / n
+    middle, half = rate + square / 2, z * (rate * (1 - rate) / n + square / (4 * n)) ** 0.5
+    return [max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))]
+
+
+def rate_with_interval(values):
+    """A rate of 1.0 and 0.0 values, without the Nones: {"rate", "interval", "n"}."""
+    values = [value for value in values if value is not None]
+    return {
+        "rate": float(np.mean(values)) if values else None,
+        "interval": wilson(sum(values), len(values)),
+        "n": len(values),
+    }
+
+
+def by_feature(rows, outcome):
+    """{feature: list of outcomes}: the texts of a feature are not independent, its features are."""
+    found = {}
+    for row in rows:
+        if outcome(row) is not None:
+            found.setdefault(row["feature"], []).append(outcome(row))
+    return found
+
+
+def permutation_test(a, b, generator):
+    """p of the difference of two settings' mean rates, each {feature: outcomes}, when features change places."""
+    means = np.array([np.mean(values) for values in (*a.values(), *b.values())])
+    labels = np.arange(len(means)) < len(a)
+
+    def difference(labels):
+        return abs(means[labels].mean() - means[~labels].mean())
+
+    seen = difference(labels)
+    as_far = sum(difference(generator.permutation(labels)) >= seen - 1e-12 for _ in range(RESAMPLES))
+    return (1 + as_far) / (1 + RESAMPLES)
+
+
+def correlation(rows, outcome, predictor="autointerp_score"):
+    """How a predictor goes with an outcome of texts: point-biserial and Spearman correlation with p, the slope of the
+    outcome on it with its error, and 95% bootstrap intervals over features. None where there is no spread."""
+    pairs = [(row["feature"], row[predictor], outcome(row)) for row in rows]
+    pairs = [pair for pair in pairs if pair[1] is not None and pair[2] is not None]
+    features, x, y = (np.array(column, dtype=float) for column in zip(*pairs)) if len(pairs) > 2 else ([], [], [])
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    line, spearman = stats.linregress(x, y), stats.spearmanr(x, y)
+    # Sums over a feature's texts are all that r and slope need, so a bootstrap draw is one product
+    _, place = np.unique(features, return_inverse=True)
+    sums = np.stack([np.bincount(place, column) for column in (np.ones(len(x)), x, y, x * x, x * y, y * y)], 1)
+    generator = np.random.default_rng(0)
+    times = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES // 5)
+    n, sx, sy, sxx, sxy, syy = (times @ sums).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        covariance, spread = sxy / n - sx * sy / n**2, sxx / n - (sx / n) ** 2
+        slopes, rs = covariance / spread, covariance / np.sqrt(spread * (syy / n - (sy / n) ** 2))
+    result = {"n": len(x), "r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
+    result |= {"spearman": spearman.statistic, "spearman_p": spearman.pvalue}
+    result |= {
+        "r_interval": np.nanquantile(rs, [0.025, 0.975]),
+        "slope_interval": np.nanquantile(slopes, [0.025, 0.975]),
+    }
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in result.items()}
+
+
+def z_test(difference, error):
+    """{"z", "p"} of a difference with a standard error."""
+    z = difference / error
+    return {"z": float(z), "p": float(2 * stats.norm.sf(abs(z)))}
+
+
+def compare(a, b, outcome):
+    """Two settings' rows at one strength: do their rates, and their correlations with auto-interp scores, differ?
+
+    chi_squared is over texts (Yates' correction, as the study has it), permutation over features.
+    """
+    features_a, features_b = by_feature(a, outcome), by_feature(b, outcome)
+    values = [list(itertools.chain.from_iterable(found.values())) for found in (features_a, features_b)]
+    if not all(values):
+        return None
+    table = np.array([[sum(v), len(v) - sum(v)] for v in values])
+    tested = table.sum(0).all()
+    chi = stats.chi2_contingency(table) if tested else None
+    result = {"rates": [float(np.mean(v)) for v in values], "n": [len(v) for v in values]}
+    result["chi_squared"] = {"statistic": float(chi.statistic), "p": float(chi.pvalue)} if tested else None
+    result["permutation_p"] = permutation_test(features_a, features_b, np.random.default_rng(0)) if tested else None
+    first, second = correlation(a, outcome), correlation(b, outcome)
+    result["correlations"] = [first, second]
+    if first and second and min(first["n"], second["n"]) > 3:
+        error = (1 / (first["n"] - 3) + 1 / (second["n"] - 3)) ** 0.5
+        result["correlations_differ"] = z_test(np.arctanh(second["r"]) - np.arctanh(first["r"]), error)
+        error = np.hypot(first["slope_error"], second["slope_error"])
+        result["slopes_differ"] = z_test(second["slope"] - first["slope"], error)
+    return result
+
+
+def cohen_kappa(a, b):
+    """Agreement of two lists of labels beyond chance: 1 whole, 0 chance. None where chance agrees wholly."""
+    labels = sorted({*a, *b})
+    seen = np.mean([x == y for x, y in zip(a, b)])
+    chance = sum((list(a).count(label) / len(a)) * (list(b).count(label) / len(b)) for label in labels)
+    return float((seen - chance) / (1 - chance)) if chance < 1 else None
+
+
+def krippendorff_alpha(units):
+    """Agreement of any number of judges, interval scale: `units` is a list of the ratings that each text has.
+
+    1 - (observed disagreement) / (that of ratings paired at random); texts with one rating say nothing.
+    """
+    units = [np.asarray(unit, dtype=float) for unit in units if len(unit) > 1]
+    if not units:
+        return None
+    every = np.concatenate(units)
+    n = len(every)
+
+    def pairs(values):  # sum of squared differences over ordered pairs
+        return 2 * (len(values) * (values**2).sum() - values.sum() ** 2)
+
+    observed = sum(pairs(unit) / (len(unit) - 1) for unit in units) / n
+    expected = pairs(every) / (n * (n - 1))
+    return float(1 - observed / expected) if expected > 0 else None
+
+
+def agreement(rows):
+    """Between judges: Krippendorff's alpha of the ratings and, for two, Cohen's kappa of success."""
+    units = [
+        [r for r in row[field].values() if r is not None] for row in rows for field in ("ratings", "ratings_control")
+    ]
+    names = sorted({name for row in rows for name in row["ratings"]})
+    result = {"krippendorff_alpha": krippendorff_alpha(units)} if len(names) > 1 else {}
+    if len(names) == 2:
+        both = [[row[f].get(name) for name in names] for row in rows for f in ("ratings", "ratings_control")]
+        both = [[rating >= SUCCESS for rating in pair] for pair in both if None not in pair]
+        result["cohen_kappa"] = cohen_kappa(*zip(*both)) if both else None
+    return result
+
+
+def summarise(rows):
+    """The summary of steering.json, one entry a strength."""
+    result = []
+    for strength in dict.fromkeys(row["strength"] for row in rows):
+        some = [row for row in rows if row["strength"] == strength]
+        entry = {"strength": strength, "texts": len(some), "features": len({row["feature"] for row in some})}
+        entry["explained"] = len({row["feature"] for row in some if row["explanation"]})
+        for name in ("echo", "perplexity", "promoted"):
+            for kind in ("", "_control"):
+                entry[name + kind] = float(
+                    (np.median if name == "perplexity" else np.mean)([r[name + kind] for r in some])
+                )
+        entry["perplexity_original"] = float(np.median([row["perplexity_original"] for row in some]))
+        entry["echoes"] = rate_with_interval([echoes(row) for row in some])
+        entry["echoes_control"] = rate_with_interval([echoes(row, "echo_control") for row in some])
+        entry["success"] = rate_with_interval([success_of(row) for row in some])
+        entry["success_control"] = rate_with_interval([success_of(row, "ratings_control") for row in some])
+        # A feature that nobody could explain leaves the sample; counted as a failure, it stays
+        counted = [success_of(row) if row["explanation"] else 0.0 for row in some]
+        entry["success_of_all"] = rate_with_interval(counted if entry["success"]["n"] else [])
+        outcome = success_of if entry["success"]["n"] else echoes
+        names = ("autointerp_score", "output_score", "delta_confidence")
+        entry["predictors"] = {name: correlation(some, outcome, name) for name in names}
+        result.append(entry | {"agreement": agreement(some)})
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+def table(runs):
+    """One line for each run and strength."""
+    lines = [("run", "strength", "features", "success", "control", "echoes", "control", "echo", "promoted", "control")]
+    lines[0] += ("perplexity", "control", "unsteered")
+    for label, _, summary in runs:
+        for e in summary:
+            cells = [label, f"{e['strength']:g}", str(e["features"])]
+            for name in ("success", "success_control", "echoes", "echoes_control"):
+                cells.append(
+                    "-"
+                    if e[name]["rate"] is None
+                    else "{:.3f} [{:.3f}, {:.3f}]".format(e[name]["rate"], *e[name]["interval"])
+                )
+            cells += [f"{e['echo']:.3g}", f"{e['promoted']:.3f}", f"{e['promoted_control']:.3f}"]
+            cells += [f"{e[name]:.0f}" for name in ("perplexity", "perplexity_control", "perplexity_original")]
+            lines.append(tuple(cells))
+    return evaluate.markdown(lines)
+
+
+def plot_rates(runs):
+    """Success (or, unjudged, echo) rates with 95% intervals, steered and control, for each run over strengths; and
+    against perplexity, what steering costs."""
+    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
+    name = "success" if judged else "echoes"
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for colour, (label, _, summary) in enumerate(runs):
+        summary = [entry for entry in summary if entry[name]["rate"] is not None]
+        x = np.arange(len(summary)) + 0.06 * colour
+        for kind, style in (("", "o-"), ("_control", "o:")):
+            rates = np.array([entry[name + kind]["rate"] for entry in summary])
+            ends = np.array([entry[name + kind]["interval"] for entry in summary]).reshape(-1, 2).T
+            shown = f"{label}{kind.replace('_', ', ')}"
+            left.errorbar(x, rates, np.abs(ends - rates), fmt=style, color=f"C{colour}", label=shown, capsize=2)
+            costs = [entry["perplexity" + kind] / entry["perplexity_original"] for entry in summary]
+            right.plot(costs, rates, style, color=f"C{colour}")
+        left.set_xticks(range(len(summary)), [f"{entry['strength']:g}" for entry in summary])
+    title = "success rate" if judged else "share of texts that echo the feature"
+    left.set(xlabel="strength", ylabel=title, ylim=(0, None))
+    right.set(xlabel="perplexity, times that of unsteered text", xscale="log")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def plot_scores(runs):
+    """Histogram of auto-interp scores by feature; and the outcome by score bin, at the first strength."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
+    for colour, (label, rows, summary) in enumerate(runs):
+        rows = [
+            row for row in rows if row["strength"] == summary[0]["strength"] and row["autointerp_score"] is not None
+        ]
+        outcome = success_of if summary[0]["success"]["n"] else echoes
+        scores = {row["feature"]: row["autointerp_score"] for row in rows}
+        left.hist(list(scores.values()), bins=np.linspace(0, 1, 15), histtype="step", color=f"C{colour}", label=label)
+        place = np.digitize([row["autointerp_score"] for row in rows], edges) - 1
+        for number in range(len(edges) - 1):
+            found = rate_with_interval([outcome(row) for row, at in zip(rows, place) if at == number])
+            if found["n"]:
+                error = np.abs(np.array(found["interval"]) - found["rate"])[:, None]
+                right.errorbar(number + 0.1 * colour, found["rate"], error, fmt="o", color=f"C{colour}", capsize=2)
+    left.set(xlabel="auto-interp score", ylabel="features")
+    right.set(xlabel="auto-interp score", ylabel="success rate", ylim=(0, None))
+    right.set_xticks(range(5), ["<0.6", "0.6", "0.7", "0.8", "0.9-1"])
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, the settings to compare")
+    add("--strength", nargs="+", type=float, default=[5.0])
+    add("--mode", default="fixed", help="of strength: fixed, rms (times the residual's norm) or preact (see the docs)")
+    add("--n", type=int, default=300, help="features, those of autointerp.json or random alive ones")
+    add("--features", type=int, nargs="+", help="these features instead")
+    add("--prompts", nargs="+", default=list(PROMPTS))
+    add("--new-tokens", type=int, default=30)
+    add("--temperature", type=float, default=0.7, help="0 for the likeliest token always")
+    add("--top-p", type=float, default=0.9)
+    add("--steer-prompt", action="store_true", help="steer at the prompt's positions too")
+    add("--seed", type=int, default=0, help="of random draws, features and control directions")
+    add("--base-url", nargs="+", default=["http://localhost:8000/v1"], metavar="URL", help="one, or one for each judge")
+    add("--judge", nargs="+", default=[], metavar="NAME", help="models that rate; none: measures without a judge")
+    add("--api-key-env", default="OPENAI_API_KEY", metavar="VARIABLE", help="where the key is, if one is needed")
+    add("--fixed-order", action="store_true", help="show the unsteered text first always, as the study did")
+    add("--concurrency", type=int, default=16, help="requests in flight")
+    add("--dry-run", action="store_true", help="steer, then print what judges would be asked, and send nothing")
+    add("--batch-size", type=int, default=256, help="texts generated together")
+    add("--out", default="steering", metavar="DIR", help="where the comparison and figures go")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    if args.mode not in MODES:
+        raise UsageError(f"--mode {args.mode}: choose from {', '.join(MODES)}")
+    for name in ("n", "new_tokens", "concurrency", "batch_size", "top_p"):
+        if getattr(args, name) <= 0:
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: give a number above 0")
+    if args.temperature < 0 or args.seed < 0 or not all(map(np.isfinite, args.strength)):
+        raise UsageError(f"--temperature {args.temperature} --seed {args.seed}: give 0 or above, and finite --strength")
+    if len(args.base_url) not in (1, len(args.judge)):
+        raise UsageError(
+            f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many"
+        )
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, found = pick_device(args.device), []
+    check_writable(args.out, "--out")
+    for folder in evaluate.find_runs(args.runs):
+        sae = SAE.load(folder)
+        found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
+    if not args.judge:
+        print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
+    keys, model_of, runs = os.environ.get(args.api_key_env, ""), None, []
+    with stop_signal() as stop:
+        for folder, hp, sae, features, scores in found:
+            if model_of != hp.model:
+                model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
+                model_of = hp.model
+            rms = measure_rms(model, hp.layer, evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device))
+            total = len(features) * len(args.prompts) * len(args.strength)
+            with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
+                sae = sae.to(device)
+                rows = steer_run(sae, model, tokenizer, hp.layer, features, args, rms, scores, progress)
+            if not any(row["explanation"] for row in rows):
+                print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
+            if args.dry_run:
+                prompts = [question[2] for question in rating_questions(rows, args)]
+                cost = len(args.judge) * (sum(map(len, prompts)) // 4 + 5 * len(prompts))
+                print(f"{len(args.judge) * len(prompts)} requests, about {cost:,} tokens. The first two:")
+                print("\n\n---\n\n".join(prompts[:2]))
+                continue
+            urls = args.base_url * (len(args.judge) if len(args.base_url) == 1 else 1)
+            judges = [evaluate.Judge(u, j, folder / "answers.jsonl", keys, stop) for u, j in zip(urls, args.judge)]
+            rate(rows, judges, args)
+            names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed")
+            settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}
+            summary = summarise(rows)
+            write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
+            runs.append((hp, rows, summary))
+    if runs:
+        names = evaluate.varying([{"config": vars(hp)} for hp, *_ in runs])
+        runs = [(evaluate.short_label(vars(hp), names), rows, summary) for hp, rows, summary in runs]
+        report(runs, make_folder(args.out))
+
+
+def report(runs, out):
+    """The table, the comparison of every two runs at every strength they share, and the figures."""
+    print(table(runs))
+    comparisons = []
+    for (name_a, a, first), (name_b, b, second) in itertools.combinations(runs, 2):
+        outcome = success_of if any(e["success"]["n"] for e in (*first, *second)) else echoes
+        for strength in [e["strength"] for e in first if e["strength"] in [e["strength"] for e in second]]:
+            here = [[row for row in rows if row["strength"] == strength] for rows in (a, b)]
+            about = {"runs": [name_a, name_b], "strength": strength, "outcome": outcome.__name__}
+            result = compare(*here, outcome)
+            comparisons.append(about | (result or {}))
+            if result and result["chi_squared"]:
+                rates, p = result["rates"], result["chi_squared"]["p"]
+                print(
+                    f"strength {strength:g}: {rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, ", end=""
+                )
+                print(f"by feature p = {result['permutation_p']:.2g}")
+    write_json(out / "comparison.json", {"comparisons": comparisons, "runs": {label: s for label, _, s in runs}})
+    evaluate.save_figure(plot_rates(runs), out / "rates.png")
+    if any(row["autointerp_score"] is not None for _, rows, _ in runs for row in rows):
+        evaluate.save_figure(plot_scores(runs), out / "scores.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,473 @@
+"""steer.py: generation against a slow loop without cache, measures by hand, statistics against known values."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import autointerp, tiny_model
+from scipy import stats
+
+import evaluate
+import steer
+from sae import SAE, UsageError
+from train_pythia import residual_stream, spliced
+
+FAMILIES = ["gpt_neox", "gpt2", "llama"]
+PROMPT = [5, 17, 40]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "WAIT", 0.001)
+    monkeypatch.setattr(steer, "RESAMPLES", 1000)
+
+
+def lively(family="gpt_neox"):
+    """A tiny model whose predictions are not all alike."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 100
+    return model
+
+
+def some_sae(d_sae=64):
+    sae = SAE(16, d_sae, "topk", 4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        sae.W_enc.normal_(generator=generator)
+        sae.W_dec.copy_(sae.W_enc.T + 0.1 * torch.randn(d_sae, 16, generator=generator))
+        sae.b_enc.normal_(generator=generator)
+    return sae.eval()
+
+
+def vectors(n=6, size=3.0):
+    return size * torch.randn(n, 16, generator=torch.Generator().manual_seed(1))
+
+
+def uniform(n=6, steps=8):
+    return torch.rand(n, steps, generator=torch.Generator().manual_seed(2))
+
+
+# --- generation
+
+
+@pytest.mark.parametrize("steer_prompt", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_one_text_at_a_time_without_a_cache(family, temperature, steer_prompt):
+    model = lively(family)
+    texts = steer.generate(model, 2, PROMPT, vectors(), uniform(), temperature, 0.9, steer_prompt)
+    plain = steer.generate(model, 2, PROMPT, 0 * vectors(), uniform(), temperature, 0.9, steer_prompt)
+    assert not torch.equal(texts, plain), "steering should matter here, or the test shows nothing"
+    for row, (vector, draws) in enumerate(zip(vectors(), uniform())):
+        tokens = list(PROMPT)
+        for draw in draws:
+
+            def add(resid, vector=vector):
+                steered = torch.arange(resid.shape[1]) >= (0 if steer_prompt else len(PROMPT))
+                return resid + steered[None, :, None] * vector
+
+            with spliced(model, 2, add), torch.no_grad():
+                logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1]
+            tokens.append(steer.sample(logits, draw[None], temperature, 0.9).item())
+        assert texts[row].tolist() == tokens[len(PROMPT) :]
+
+
+def test_strength_zero_changes_nothing_at_all():
+    texts = [steer.generate(lively(), 2, PROMPT, v, uniform(steps=20)) for v in (0 * vectors(), -0.0 * vectors())]
+    assert torch.equal(*texts)
+
+
+def test_draws_of_a_text_do_not_depend_on_its_company():
+    assert (steer.draws(0, 7, 1, 5) == steer.draws(0, 7, 1, 5)).all()
+    others = [steer.draws(*key, 5) for key in ((1, 7, 1), (0, 8, 1), (0, 7, 2))]
+    assert not any((steer.draws(0, 7, 1, 5) == other).any() for other in others)
+
+
+def test_sampling_follows_the_tempered_distribution_within_top_p():
+    logits, n = torch.tensor([[2.0, 0.0, 1.0, -3.0, 1.5]]), 40_000
+    tokens = steer.sample(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, 0.7, 0.9)
+    p = (logits[0] / 0.7).softmax(0)
+    kept, total = [], 0.0
+    for i in p.argsort(descending=True).tolist():  # the likeliest that together reach top_p
+        kept.append(i)
+        total += p[i].item()
+        if total >= 0.9:
+            break
+    expected = torch.tensor([p[i].item() / total if i in kept else 0.0 for i in range(5)])
+    assert len(kept) < 5
+    assert torch.allclose(tokens.bincount(minlength=5) / n, expected, atol=1e-3)
+    assert steer.sample(logits, torch.tensor([0.99]), 0, 0.9).item() == 0
+    for extreme in (0.0, 1 - 2**-24):
+        assert steer.sample(logits, torch.tensor([extreme]), 0.7, 0.9).item() in kept
+    assert steer.sample(logits, torch.tensor([0.999]), 0.7, 1e-6).item() == 0
+
+
+def test_strength_modes():
+    sae, features = some_sae(), torch.tensor([3, 9, 30])
+    unit = sae.W_dec[features] / sae.W_dec[features].norm(dim=1, keepdim=True)
+    assert torch.allclose(steer.steering_vectors(sae, features, "fixed", 5, 7.0), 5 * unit)
+    assert torch.allclose(steer.steering_vectors(sae, features, "rms", 0.5, 8.0), 4 * unit)
+    added, x = steer.steering_vectors(sae, features, "preact", 2.5, 7.0), torch.randn(1, 16)
+    rise = sae.pre_acts(x + added)[range(3), features] - sae.pre_acts(x)[0, features]
+    assert torch.allclose(rise, torch.full((3,), 2.5), atol=1e-4)
+    with torch.no_grad():
+        sae.W_enc[:, 9] = -sae.W_dec[9]
+    assert steer.steering_vectors(sae, features, "preact", 2.5, 7.0).isfinite().all(1).tolist() == [True, False, True]
+
+
+# --- measures
+
+
+def test_reading_back_equals_a_text_at_a_time():
+    model, sae, features = lively(), some_sae(), torch.tensor([3, 9, 30, 3, 0, 1])
+    texts = steer.generate(model, 2, PROMPT, vectors(), uniform(steps=12))
+    eos = texts[0, 5].item()  # the first text ends early
+    acts, perplexity = steer.read_back(model, 2, sae, PROMPT, texts, features, eos)
+    ends = set()
+    for row, text in enumerate(texts.tolist()):
+        text = text[: max(1, text.index(eos))] if eos in text else text
+        ends.add(len(text))
+        tokens = torch.tensor([PROMPT + text])
+        with torch.no_grad():
+            logp = model(input_ids=tokens).logits[0].log_softmax(1)
+            mine = sae.encode(residual_stream(model, tokens, 2)[0])[:, features[row]]
+        losses = [-logp[2 + i, token].item() for i, token in enumerate(text)]
+        assert perplexity[row].item() == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+        assert acts[row].item() == pytest.approx(mine[3:].mean().item(), abs=1e-5)
+    assert len(ends) > 1
+    assert (acts > 0).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_promoted_tokens_go_through_final_norm_and_unembedding(family):
+    model, directions = lively(family), vectors(3)
+    got = steer.promoted_tokens(model, directions, 4)
+    centred = directions if family == "llama" else directions - directions.mean(1, keepdim=True)
+    normed = centred / centred.square().mean(1, keepdim=True).sqrt()
+    logits = normed @ model.get_output_embeddings().weight.T
+    assert got.tolist() == logits.topk(4).indices.tolist()
+
+
+def test_output_score_and_token_confidence_by_hand():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    p = logits[0].softmax(0)
+    score = steer.output_score(logits, torch.tensor([[2, 0], [0, 1]]))
+    assert score[0].item() == pytest.approx(p[2].item() * (1 - 2 / 4))  # two tokens are likelier than the best
+    assert score[1].item() == pytest.approx(1 / 4)
+    confidence = steer.token_confidence(logits, k=2)
+    assert confidence[0].item() == pytest.approx(-(p[1].log() + p[3].log()).item() / 2)
+    assert confidence[1].item() == pytest.approx(np.log(4))
+
+
+def test_predictors_steer_at_the_last_position_only():
+    model, promoted = lively(), torch.arange(12).view(6, 2)
+    score, delta = steer.predictors(model, 2, PROMPT, vectors(), promoted)
+    plain = torch.zeros(1, 16)
+    none = steer.predictors(model, 2, PROMPT, plain, promoted[:1])
+    assert none[1].item() == 0
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPT])).logits[:, -1]
+    assert torch.allclose(none[0], steer.output_score(logits, promoted[:1]))
+    after = steer.generate(model, 2, PROMPT[:-1], vectors(), uniform(steps=1), 0)  # unsteered prompt
+    assert after.shape == (6, 1)
+    for row in range(6):
+        at_last = torch.tensor([[[0.0], [0.0], [1.0]]]) * vectors()[row]
+        with spliced(model, 2, lambda resid, at_last=at_last: resid + at_last), torch.no_grad():
+            steered = model(input_ids=torch.tensor([PROMPT])).logits[:, -1]
+        expected = steer.token_confidence(steered) - steer.token_confidence(logits)
+        assert delta[row].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert score[row].item() == pytest.approx(steer.output_score(steered, promoted[row : row + 1]).item(), abs=1e-5)
+
+
+# --- ratings
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("4", 4),
+        ("4.", 4),
+        ("**5**", 5),
+        ("Rating: 2", 2),
+        ("3/5", 3),
+        ("4 out of 5", 4),
+        ("B has 7 of them.\n1", 1),
+        ("0", None),
+        ("6", None),
+        ("12", None),
+        ("4.5", None),
+        ("4 or 5", None),
+        ("B", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_read_kindly_but_not_guessed(text, rating):
+    assert steer.parse_rating(text) == rating
+
+
+def test_swapping_the_texts_turns_the_rating_back():
+    row = {"prompt": "I", "original": " am", "steered": " eat", "explanation": "food"}
+    for swap, answer in ((False, "5"), (True, "1")):
+        prompt, parse = steer.rating_question(row, "steered", swap)
+        texts = [json.loads(line.split(": ", 1)[1]) for line in prompt.splitlines() if line.startswith("text ")]
+        assert texts == (["I eat", "I am"] if swap else ["I am", "I eat"])
+        assert parse(answer) == 5
+        assert parse("3") == 3
+        assert parse("nonsense") is None
+
+
+def planted_rows(n=60, prompts=("a", "b", "c"), seed=0):
+    """Rows whose steered text holds the word of its explanation, more often the higher the score."""
+    generator, rows = np.random.default_rng(seed), []
+    for feature in range(n):
+        score = round(generator.uniform(0.3, 1.0), 3)
+        for prompt in prompts:
+            said = generator.random() < score
+            row = {"feature": feature, "prompt": prompt, "strength": 5.0, "explanation": f"word{feature}"}
+            row |= {"autointerp_score": score, "original": " nothing", "control": " noise", "ratings": {}}
+            row |= {"steered": f" word{feature}" if said else " no", "ratings_control": {}, "said": float(said)}
+            rows.append(row)
+    return rows
+
+
+def word_judge(prompt):
+    """Rates by whether the word of the explanation is in one text and not in the other."""
+    word = re.search(r"word\d+", prompt).group()
+    a, b = (re.search(rf'text {name}: "(.*)"', prompt).group(1) for name in "AB")
+    return str(3 + 2 * (word in b.split()) - 2 * (word in a.split()))
+
+
+def args(**others):
+    return SimpleNamespace(**{"seed": 0, "prompts": ["a", "b", "c"], "fixed_order": False, "concurrency": 4} | others)
+
+
+def test_a_planted_success_rate_and_correlation_are_recovered(chat, tmp_path):
+    rows, chat.answer = planted_rows(), word_judge
+    judge = evaluate.Judge(chat.url, "wise", tmp_path / "answers.jsonl")
+    steer.rate(rows, [judge], args())
+    said = [row["said"] for row in rows]
+    assert [steer.success_of(row) for row in rows] == said
+    assert {steer.success_of(row, "ratings_control") for row in rows} == {0.0}
+    found = steer.correlation(rows, steer.success_of)
+    expected = stats.pointbiserialr(said, [row["autointerp_score"] for row in rows])
+    assert found["r"] == pytest.approx(expected.statistic)
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert found["r"] > 0.2
+    first = ["text A: " + json.dumps(row["prompt"] + " nothing") for row in rows]
+    shown = [body["messages"][0]["content"] for body in chat.requests]
+    unswapped = sum(any(line in prompt for line in first) for prompt in shown)
+    assert 0.4 < unswapped / len(shown) < 0.6, "the order of the texts should be random"
+    asked = len(chat.requests)
+    again = planted_rows()
+    steer.rate(again, [evaluate.Judge(chat.url, "wise", tmp_path / "answers.jsonl")], args())
+    assert again == rows
+    assert len(chat.requests) == asked
+
+
+def test_the_fixed_order_shows_the_unsteered_text_first(chat, tmp_path):
+    rows, chat.answer = planted_rows(5), word_judge
+    steer.rate(rows, [evaluate.Judge(chat.url, "wise", tmp_path / "answers.jsonl")], args(fixed_order=True))
+    assert all(' nothing"\ntext B' in body["messages"][0]["content"] for body in chat.requests)
+    assert [steer.success_of(row) for row in rows] == [row["said"] for row in rows]
+
+
+def test_features_without_an_explanation_are_not_rated_but_counted(chat, tmp_path):
+    rows, chat.answer = planted_rows(10), word_judge
+    for row in rows:
+        row |= {"echo": 1.0, "echo_control": -1.0, "promoted": 0.5, "promoted_control": 0.0, "output_score": 0.1}
+        row |= {"perplexity": 9.0, "perplexity_control": 8.0, "perplexity_original": 7.0, "delta_confidence": 0.1}
+        if row["feature"] < 4:
+            row |= {"explanation": None, "autointerp_score": None}
+    steer.rate(rows, [evaluate.Judge(chat.url, "wise", tmp_path / "answers.jsonl")], args())
+    (entry,) = steer.summarise(rows)
+    said = [row["said"] for row in rows if row["feature"] >= 4]
+    assert entry["success"]["rate"] == pytest.approx(np.mean(said))
+    assert entry["success_of_all"]["rate"] == pytest.approx(sum(said) / 30)
+    assert (entry["success"]["n"], entry["success_of_all"]["n"]) == (18, 30)
+    assert (entry["texts"], entry["features"], entry["explained"]) == (30, 10, 6)
+    assert entry["echoes"]["rate"] == 1
+    assert entry["echoes_control"]["rate"] == 0
+
+
+# --- statistics
+
+
+def test_wilson_equals_scipy():
+    for successes, n in ((0, 10), (3, 10), (10, 10), (57, 900)):
+        expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        assert steer.wilson(successes, n) == pytest.approx([expected.low, expected.high], abs=1e-4)
+    assert steer.wilson(0, 0) is None
+
+
+def rated(outcomes, first=0, score=None):
+    """Rows of {feature: outcomes}."""
+    rows = []
+    for feature, values in enumerate(outcomes, first):
+        for value in values:
+            x = None if score is None else score[feature - first]
+            rows.append({"feature": feature, "ratings": {"j": 5 if value else 1}, "autointerp_score": x})
+    return rows
+
+
+def test_the_figures_that_the_study_printed_come_out():
+    """6.3% of 900 texts against 13.0% of 555: p = 2.3e-5; r = 0.060 against 0.144: Fisher's z = 1.6, p = 0.12."""
+    flat = [[i < 57] for i in range(900)], [[i < 72] for i in range(555)]
+    result = steer.compare(rated(flat[0]), rated(flat[1]), steer.success_of)
+    assert result["chi_squared"]["p"] == pytest.approx(2.3e-5, rel=0.01)
+    assert result["n"] == [900, 555]
+    error = (1 / 897 + 1 / 552) ** 0.5
+    found = steer.z_test(np.arctanh(0.144) - np.arctanh(0.060), error)
+    assert found["z"] == pytest.approx(1.6, abs=0.05)
+    assert found["p"] == pytest.approx(0.12, abs=0.005)
+
+
+def test_texts_of_a_feature_do_not_count_as_independent():
+    generator = np.random.default_rng(5)
+    a = [[bool(generator.random() < 0.3)] * 9 for _ in range(30)]  # every text of a feature ends alike
+    b = [[bool(generator.random() < 0.5)] * 9 for _ in range(30)]
+    result = steer.compare(rated(a), rated(b), steer.success_of)
+    assert result["chi_squared"]["p"] < 0.01 < result["permutation_p"]
+
+
+def test_the_permutation_test_is_fair_without_a_difference_and_finds_one():
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        a, b = ({f: list(generator.random(3) < 0.4) for f in range(20)} for _ in range(2))
+        found.append(steer.permutation_test(a, b, generator))
+    assert 0.35 < np.mean(found) < 0.65
+    assert np.mean(np.array(found) < 0.1) < 0.25
+    a, b = ({f: list(generator.random(3) < p) for f in range(40)} for p in (0.2, 0.8))
+    assert steer.permutation_test(a, b, generator) < 0.01
+
+
+def test_correlations_and_slopes_of_two_settings_are_told_apart():
+    generator = np.random.default_rng(1)
+    score = generator.uniform(0, 1, 300)
+    flat = rated([list(generator.random(3) < 0.5) for _ in score], score=score.tolist())
+    steep = rated([list(generator.random(3) < s) for s in score], score=score.tolist())
+    result = steer.compare(flat, steep, steer.success_of)
+    assert result["correlations_differ"]["p"] < 0.01
+    assert result["slopes_differ"]["p"] < 0.01
+    line = stats.linregress(np.repeat(score, 3), [steer.success_of(row) for row in steep])
+    second = result["correlations"][1]
+    assert second["slope"] == pytest.approx(line.slope)
+    assert second["slope_interval"][0] < second["slope"] < second["slope_interval"][1]
+    assert second["r_interval"][0] < second["r"] < second["r_interval"][1]
+    assert second["spearman"] == pytest.approx(
+        stats.spearmanr(np.repeat(score, 3), [steer.success_of(r) for r in steep])[0]
+    )
+    same = steer.compare(steep, steep, steer.success_of)
+    assert same["correlations_differ"]["p"] == 1
+
+
+def test_the_bootstrap_draws_features_and_not_texts():
+    generator = np.random.default_rng(2)
+    score = generator.uniform(0, 1, 40)
+    outcomes = [[bool(generator.random() < 0.5)] for _ in score]
+    once = steer.correlation(rated(outcomes, score=score.tolist()), steer.success_of)
+    many = steer.correlation(rated([o * 25 for o in outcomes], score=score.tolist()), steer.success_of)
+    assert many["p"] < once["p"]
+    width = [found["r_interval"][1] - found["r_interval"][0] for found in (once, many)]
+    assert width[0] == pytest.approx(width[1], rel=0.01)
+
+
+def test_a_comparison_without_spread_is_none_and_no_crash():
+    assert steer.correlation(rated([[True], [True], [True]], score=[0.1, 0.2, 0.3]), steer.success_of) is None
+    assert steer.correlation([], steer.success_of) is None
+    assert steer.compare([], rated([[True]]), steer.success_of) is None
+    assert steer.compare(rated([[True]]), rated([[True]]), steer.success_of)["chi_squared"] is None
+
+
+def test_kappa_and_alpha_by_known_values():
+    assert steer.cohen_kappa([1] * 20 + [1] * 5 + [0] * 10 + [0] * 15, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15) == (
+        pytest.approx(0.4)
+    )
+    assert steer.cohen_kappa([1, 0], [1, 0]) == 1
+    assert steer.cohen_kappa([1, 1], [1, 1]) is None
+    table = ["12332141" + "2" + "   ", "12332241" + "25" + " 3", " 3332342" + "251 ", "12332441" + "251 "]
+    units = [[int(row[i]) for row in table if row[i] != " "] for i in range(12)]
+    assert steer.krippendorff_alpha(units) == pytest.approx(0.849, abs=0.001)
+    assert steer.krippendorff_alpha([[1, 1], [4, 4]]) == 1
+    assert steer.krippendorff_alpha([[3]]) is None
+    assert steer.krippendorff_alpha([[3, 3], [3, 3]]) is None
+
+
+# --- the command
+
+
+def run(folders, out, *more):
+    flags = ["--n", 6, "--new-tokens", 5, "--batch-size", 4, "--out", out, "--device", "cpu", *more]
+    steer.main([*map(str, folders), *map(str, flags)])
+
+
+def test_the_command_without_a_judge(run_folder, tmp_path, capsys):
+    run(run_folder, tmp_path / "report", "--strength", 0, 4)
+    shown = capsys.readouterr().out
+    assert "no --judge" in shown
+    assert "has no explanations" in shown
+    result = json.loads((run_folder[0] / "steering.json").read_text())
+    assert len(result["rows"]) == 6 * 3 * 2
+    row = result["rows"][0]
+    assert {"feature", "prompt", "strength", "original", "steered", "echo", "perplexity", "ratings"} <= set(row)
+    for row in result["rows"]:
+        if row["strength"] == 0:
+            assert row["steered"] == row["original"] == row["control"]
+            assert row["echo"] == 0
+            assert row["perplexity"] == row["perplexity_original"]
+    assert [entry["strength"] for entry in result["summary"]] == [0, 4]
+    comparison = json.loads((tmp_path / "report" / "comparison.json").read_text())["comparisons"]
+    assert [entry["strength"] for entry in comparison] == [0, 4]
+    assert (tmp_path / "report" / "rates.png").stat().st_size > 1000
+    first = json.dumps(result)
+    run(run_folder[:1], tmp_path / "report", "--strength", 0, 4)
+    assert json.dumps(json.loads((run_folder[0] / "steering.json").read_text())) == first, "alone or together, the same"
+
+
+def test_the_command_with_two_judges(run_folder, chat, tmp_path, capsys):
+    chat.answer = lambda prompt: "1" if "Somebody" in prompt else "some words" if "steered" not in prompt else "5"
+    for folder in run_folder:
+        autointerp(folder, chat, "--n", 6, "--min-activations", 0)
+    flags = ("--judge", "one", "two", "--base-url", chat.url)
+    before = len(chat.requests)
+    run(run_folder, tmp_path / "report", *flags, "--dry-run")
+    assert len(chat.requests) == before
+    assert "requests, about" in capsys.readouterr().out
+    run(run_folder, tmp_path / "report", *flags)
+    assert (tmp_path / "report" / "scores.png").exists()
+    result = json.loads((run_folder[0] / "steering.json").read_text())
+    rated_rows = [row for row in result["rows"] if row["explanation"]]
+    assert rated_rows
+    assert all(set(row["ratings"]) == {"one", "two"} for row in rated_rows)
+    assert result["summary"][0]["agreement"]["krippendorff_alpha"] == 1
+    asked = len(chat.requests)
+    run(run_folder, tmp_path / "report", *flags)
+    assert len(chat.requests) == asked
+
+
+def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
+    autointerp(run_folder[0], chat)
+    (run_folder[1] / "autointerp.json").write_text((run_folder[0] / "autointerp.json").read_text())
+    with pytest.raises(UsageError, match="is of another SAE"):
+        run(run_folder[1:], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "loud"], "--mode loud"),
+        (["--features", 64], "--features 64"),
+        (["--strength", "nan"], "--strength"),
+        (["--base-url", "http://a", "http://b", "--judge", "one"], "2 addresses for 1 judges"),
+        (["--new-tokens", 0], "--new-tokens 0"),
+    ],
+)
+def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        run(run_folder, tmp_path / "report", *flags)
+    assert not (run_folder[0] / "steering.json").exists()
