@@ -427,8 +427,7 @@ def compare_seeds(folders, threshold=0.7):
 
 
 def mean_of_pairs(figures, name):
-    """The mean of a figure over the pairs of seeds; not a number where there is one seed."""
-    return float(np.mean([pair[name] for pair in figures["pairs"]])) if figures["pairs"] else float("nan")
+    return float(np.mean([pair[name] for pair in figures["pairs"]]))
 
 
 def consistency_table(groups):
@@ -467,7 +466,10 @@ def report_groups(folders):
         paths = [folder / "quality.json" for folder in group["folders"]]
         group["quality"] = [read_json(path) if path.exists() else None for path in paths]
         group["label"] = short_label(group["config"], varying(groups)) or group["label"]
-        group["figures"], group["best"] = consistency(group["saes"], group["seeds"])
+        if len(group["seeds"]) > 1:
+            group["figures"], group["best"] = consistency(group["saes"], group["seeds"])
+        else:
+            group["figures"] = {"pairs": [], "alive": [int(alive_by_weight(group["saes"][0]).sum())]}
         for path, result in zip(paths, group["quality"]):
             if result is None:
                 print(f"note: no {path}: evaluate.py quality measures language-model runs", file=sys.stderr)
@@ -505,10 +507,13 @@ def report_table(groups):
         for *names, form in (*columns, ("orthogonality", "mean", ".4f")):
             values = measured(group, *names)
             cells.append(f"{np.mean(values):{form}}" if values else "-")
-        for name in ("mean_max_cos_dec", "shared"):
-            cells.append("{:.3f} ({:.3f})".format(*(mean_of_pairs(figures, name + part) for part in ("", "_alive"))))
-        cells.append(f"{figures['always_shared']:.3f} ({figures['always_shared_alive']:.3f})")
-        lines.append(tuple(cells if len(group["seeds"]) > 1 else cells[:-3] + ["-"] * 3))
+        if figures["pairs"]:
+            for name in ("mean_max_cos_dec", "shared"):
+                cells.append(
+                    "{:.3f} ({:.3f})".format(*(mean_of_pairs(figures, name + part) for part in ("", "_alive")))
+                )
+            cells.append("{always_shared:.3f} ({always_shared_alive:.3f})".format(**figures))
+        lines.append((*cells, *["-"] * (len(lines[0]) - len(cells))))
     return markdown(lines)
 
 

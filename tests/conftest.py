@@ -1,4 +1,4 @@
-"""Models, SAEs and an endpoint made here in seconds. No test needs the network, which is said before transformers loads."""
+"""Models, SAEs and an endpoint made here in seconds. No test needs the network: said before transformers loads."""
 
 import http.server
 import json
