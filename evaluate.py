@@ -1054,7 +1054,9 @@ def plot_penalties(groups):
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("weight of the L2 penalty", fontsize=10)
     if len(lines) > 1:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+        columns = 4 if max(map(len, lines)) < 25 else 1
+        handles = axis.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
