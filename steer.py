@@ -627,33 +627,32 @@ def main(argv=None):
         found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
     if not args.judge:
         print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
-    keys, model_of, runs = os.environ.get(args.api_key_env, ""), None, []
-    with stop_signal() as stop:
-        for folder, hp, sae, features, scores in found:
-            if model_of != hp.model:
-                model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
-                model_of = hp.model
-            rms = measure_rms(model, hp.layer, evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device))
-            total = len(features) * len(args.prompts) * len(args.strength)
-            with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
-                sae = sae.to(device)
-                rows = steer_run(sae, model, tokenizer, hp.layer, features, args, rms, scores, progress)
-            if not any(row["explanation"] for row in rows):
-                print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
-            if args.dry_run:
-                prompts = [question[2] for question in rating_questions(rows, args)]
-                cost = len(args.judge) * (sum(map(len, prompts)) // 4 + 5 * len(prompts))
-                print(f"{len(args.judge) * len(prompts)} requests, about {cost:,} tokens. The first two:")
-                print("\n\n---\n\n".join(prompts[:2]))
-                continue
-            urls = args.base_url * (len(args.judge) if len(args.base_url) == 1 else 1)
-            judges = [evaluate.Judge(u, j, folder / "answers.jsonl", keys, stop) for u, j in zip(urls, args.judge)]
+    key, model_of, runs = os.environ.get(args.api_key_env, ""), None, []
+    for folder, hp, sae, features, scores in found:
+        if model_of != hp.model:
+            model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
+            model_of = hp.model
+        rms = measure_rms(model, hp.layer, evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device))
+        total = len(features) * len(args.prompts) * len(args.strength)
+        with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
+            rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, scores, progress)
+        if not any(row["explanation"] for row in rows):
+            print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
+        if args.dry_run:
+            prompts = [question[2] for question in rating_questions(rows, args)]
+            cost = len(args.judge) * (sum(map(len, prompts)) // 4 + 5 * len(prompts))
+            print(f"{len(args.judge) * len(prompts)} requests, about {cost:,} tokens. The first two:")
+            print("\n\n---\n\n".join(prompts[:2]))
+            continue
+        urls = args.base_url * (len(args.judge) if len(args.base_url) == 1 else 1)
+        with stop_signal() as stop:
+            judges = [evaluate.Judge(u, j, folder / "answers.jsonl", key, stop) for u, j in zip(urls, args.judge)]
             rate(rows, judges, args)
-            names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed")
-            settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}
-            summary = summarise(rows)
-            write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
-            runs.append((hp, rows, summary))
+        names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed")
+        settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}
+        summary = summarise(rows)
+        write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
+        runs.append((hp, rows, summary))
     if runs:
         names = evaluate.varying([{"config": vars(hp)} for hp, *_ in runs])
         runs = [(evaluate.short_label(vars(hp), names), rows, summary) for hp, rows, summary in runs]

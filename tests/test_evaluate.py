@@ -66,6 +66,7 @@ def test_quality_equals_its_definitions_whatever_the_batches():
 def test_quality_tells_dead_by_weight_from_dead_by_use():
     model = kill(random_sae(d_sae=20), [3, 4])
     with torch.no_grad():
+        model.b_dec.zero_()
         model.b_enc.fill_(1)
         model.b_enc[10:15] = -1e6
         model.b_enc[3:5] = -1
