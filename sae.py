@@ -203,6 +203,7 @@ class SAE(nn.Module):
         if arch == "matryoshka":
             first = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]
             self.group_sizes = [*first, d_sae - sum(first)]
+        self.register_buffer("group_ends", torch.tensor(self.group_sizes).cumsum(0), persistent=False)
 
     def pre_acts(self, x):
         """[B, d_in] -> [B, d_sae]"""
@@ -300,8 +301,8 @@ def sparse_pass(sae, x, k):
     acts = pick(sae, x, pre_acts, entries).relu()
     rows, latents = entries // sae.d_sae, entries % sae.d_sae
     fired = torch.zeros(sae.d_sae, device=x.device).index_add_(0, latents, (acts > 0).float())
-    n_groups, ends = len(sae.group_sizes), torch.tensor(sae.group_sizes, device=x.device).cumsum(0)
-    groups = torch.searchsorted(ends, latents, right=True) if n_groups > 1 else 0
+    n_groups = len(sae.group_sizes)
+    groups = torch.searchsorted(sae.group_ends, latents, right=True) if n_groups > 1 else 0
     by_group = weighted_sums(acts, latents, sae.W_dec, rows * n_groups + groups, len(x) * n_groups)
     return pre_acts, acts, [*(by_group.view(len(x), n_groups, -1).cumsum(1) + sae.b_dec).unbind(1)], fired
 
