@@ -35,7 +35,8 @@ import requests
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from tqdm import tqdm
 
 from sae import (
@@ -45,6 +46,7 @@ from sae import (
     UsageError,
     check_writable,
     flag,
+    largest,
     make_folder,
     pick_device,
     read_hparams,
@@ -257,14 +259,16 @@ def match_pair(a, b, threshold=0.7):
     alive_a, alive_b = (alive_by_weight(sae).nonzero().flatten().numpy() for sae in (a, b))
     counts, figures, matches, best_decoder = (len(alive_a), len(alive_b)), {}, {}, []
     for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", lambda sae: sae.W_enc.T)):
-        cos = (unit_rows(weights(a)[alive_a]) @ unit_rows(weights(b)[alive_b]).T).abs().numpy()
-        best = [cos.max(axis, initial=0) for axis in (1, 0)]  # of each feature of a, of each feature of b
+        cos = (unit_rows(weights(a)[alive_a]) @ unit_rows(weights(b)[alive_b]).T).abs()
+        # Of each feature of a, of each feature of b
+        best = [cos.amax(axis).numpy() if cos.numel() else np.zeros(cos.shape[1 - axis]) for axis in (1, 0)]
         best_decoder = best_decoder or best
         sums = [x.sum(dtype=np.float64) for x in best], [(x > threshold).sum() for x in best]
         for figure, totals in zip(("mean_max_cos", "paired"), sums):
             figures[f"{figure}_{name}"], figures[f"{figure}_{name}_alive"] = shares(totals, counts, a.d_sae)
         rows, columns = assign(cos)
-        matches[name] = {(i, j) for i, j in zip(rows, columns) if cos[i, j] > threshold}
+        matched = (cos[rows, columns] > threshold).numpy()
+        matches[name] = set(zip(rows[matched], columns[matched]))
     partner = np.full(a.d_sae, -1)
     for i, j in matches["dec"] & matches["enc"]:
         partner[alive_a[i]] = alive_b[j]
@@ -274,28 +278,86 @@ def match_pair(a, b, threshold=0.7):
 
 
 def assign(cos):
-    """The one-to-one matching of rows and columns [n, m] with the largest summed cosine: two arrays of indices.
+    """The one-to-one matching of rows and columns of cos [n, m], not negative, with the largest sum: indices i, j.
 
-    scipy's Hungarian method, after pairs that need no search are taken out. Such a pair exceeds the sum of the
-    second best in its row and the second best in its column: any matching without it gains by exchanging for it
-    the pairs of its row and its column (cosines are not negative, so what remains of those cannot lose).
+    Exactly what scipy's Hungarian method finds on the whole matrix, several times faster on a large one: sure pairs
+    are taken out first, as long as there are many, and `search` matches the rest.
     """
-    rows, columns, found = np.arange(cos.shape[0]), np.arange(cos.shape[1]), []
+    rows, columns, found = torch.arange(cos.shape[0]), torch.arange(cos.shape[1]), []
     while min(cos.shape) > 1:
-        of_rows, of_columns = (torch.from_numpy(c).topk(2, dim=1) for c in (cos, np.ascontiguousarray(cos.T)))
-        best = of_rows.indices[:, 0]
-        margin = of_rows.values[:, 0] - of_rows.values[:, 1] - of_columns.values[best, 1]
-        sure = ((margin > 0) & (of_columns.indices[best, 0] == torch.arange(len(cos)))).numpy()
-        if sure.mean() < 0.01:
+        (first, second, best), (_, second_of_column, back) = best_two(cos), best_two(cos.T.contiguous())
+        # A pair that exceeds the sum of the second best in its row and in its column belongs to every best matching:
+        # one without it gains by exchanging for it what its row and its column have (whose own partners lose nothing)
+        sure = (first > second + second_of_column[best]) & (back[best] == torch.arange(len(cos)))
+        if sure.float().mean() < 0.02:
             break
-        best = best.numpy()[sure]
-        found.append((rows[sure], columns[best]))
-        rows, columns = rows[~sure], np.delete(columns, best)
-        cos = np.delete(cos[~sure], best, axis=1)
-    i, j = linear_sum_assignment(cos, maximize=True)
+        found.append((rows[sure], columns[best[sure]]))
+        left = torch.ones(len(columns), dtype=torch.bool)
+        left[best[sure]] = False
+        rows, columns, cos = rows[~sure], columns[left], cos[~sure][:, left]
+    if cos.shape[0] <= cos.shape[1]:
+        i, j = search(cos)
+    else:
+        j, i = search(cos.T.contiguous())
     found.append((rows[i], columns[j]))
-    i, j = (np.concatenate(indices) for indices in zip(*found))
-    return i[np.argsort(i)], j[np.argsort(i)]
+    i, j = (torch.cat(indices) for indices in zip(*found))
+    order = i.argsort()
+    return i[order].numpy(), j[order].numpy()
+
+
+def best_two(cos):
+    """The largest and second largest of each row of cos [n, m], and the column of the largest."""
+    indices = largest(cos, 2)
+    values, order = cos.gather(1, indices).sort(1, descending=True)
+    return values[:, 0], values[:, 1], indices.gather(1, order)[:, 0]
+
+
+def search(cos, candidates=16):
+    """`assign` for n <= m: the best matching among a few candidates in each row, more of them until it is best of all.
+
+    Linear programming says when: there are prices of the columns such that no row would gain, its partner's price
+    taken off, by going to any other column at that column's price. Rows that would get the columns they would go to.
+    """
+    n, m = cos.shape
+    if n == 0:
+        return torch.arange(0), torch.arange(0)
+    every = torch.arange(n)
+    edges = (every[:, None] * m + largest(cos, min(candidates, m))).flatten()
+    edges = torch.cat([edges, every * (m + 1)]).unique()  # with the diagonal, so that there is a whole matching
+    while True:
+        value = cos.flatten()[edges].double()
+        graph = csr_array((2 - value.numpy(), (edges // m, edges % m)), shape=(n, m))
+        partner = torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
+        own = cos[every, partner].double()
+        price = column_prices(edges // m, edges % m, value - own[edges // m], partner, m)
+        kept, more = own - price[partner], []
+        for start in range(0, n, 512):
+            rows = (
+                start
+                + ((cos[start : start + 512] - price.float()).amax(1) > kept[start : start + 512] - 1e-5).nonzero()
+            )
+            gain, columns = (cos[rows.flatten()].double() - price).topk(min(candidates, m), dim=1)
+            more.append((rows * m + columns)[gain > kept[rows] + 1e-9])
+        if not sum(map(len, more)):
+            return every, partner
+        edges = torch.cat([edges, *more]).unique()
+
+
+def column_prices(i, j, gain, partner, m):
+    """The lowest prices [m], none negative, at which no row i gains by leaving its partner for column j of an edge.
+
+    gain: cos of the edge minus that of the row's own pair. price[j] is at least gain + price[partner[i]]: the longest
+    paths, by Bellman and Ford's iteration, which end because the matching is the best among these edges.
+    """
+    order = j.argsort(stable=True)
+    i, gain, price = i[order].numpy(), gain[order].numpy(), np.zeros(m)
+    columns, starts = np.unique(j[order].numpy(), return_index=True)
+    partner = partner.numpy()
+    while True:
+        least = np.maximum.reduceat(gain + price[partner[i]], starts)
+        if not (least > price[columns] + 1e-12).any():
+            return torch.from_numpy(price)
+        price[columns] = np.maximum(price[columns], least)
 
 
 def shares(totals, alive, d_sae):

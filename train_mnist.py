@@ -243,8 +243,9 @@ def plot_features(sae, mean_acts, n=64):
 def plot_pairs(a, b, name, columns=8):
     """Alive features of one SAE above their one-to-one partners (Hungarian, decoder) in another, best to worst."""
     features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
-    cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
-    rows, partners = evaluate.assign(np.abs(cos))
+    cos = evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T
+    rows, partners = evaluate.assign(cos.abs())
+    cos = cos.numpy()
     order = np.argsort(-np.abs(cos[rows, partners]))
     order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
     features, titles = [], []

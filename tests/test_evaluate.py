@@ -139,9 +139,25 @@ def test_assignment_equals_scipy_on_the_whole_matrix(shape, shared):
     order = rng.permutation(max(shape))
     for i in range(int(shared * min(shape))):  # strong pairs, with margins around the sum of the second bests
         cos[order[i] % shape[0], order[-i] % shape[1]] = rng.uniform(0.4, 1.3)
-    ours, scipys = evaluate.assign(cos), linear_sum_assignment(cos, maximize=True)
+    ours, scipys = evaluate.assign(torch.from_numpy(cos)), linear_sum_assignment(cos, maximize=True)
     assert ours[0].tolist() == scipys[0].tolist()
     assert ours[1].tolist() == scipys[1].tolist()
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.4, 0.9])
+def test_assignment_is_the_best_for_dictionaries_with_much_to_choose(shared):
+    """Against scipy by value: pairs of equal value may change places."""
+    generator = torch.Generator().manual_seed(int(10 * shared))
+    a, b = (torch.randn(600, 20, generator=generator) for _ in range(2))
+    b[: int(600 * shared)] = a[: int(600 * shared)] + 0.3 * b[: int(600 * shared)]
+    cos = (evaluate.unit_rows(a) @ evaluate.unit_rows(b[torch.randperm(600, generator=generator)][:550]).T).abs()
+    for matrix in (cos, cos.T.contiguous(), (20 * cos).round() / 20):
+        i, j = evaluate.assign(matrix)
+        rows, columns = linear_sum_assignment(matrix.double().numpy(), maximize=True)
+        assert len(set(i.tolist())) == len(set(j.tolist())) == 550
+        assert matrix[i, j].double().sum().item() == pytest.approx(
+            matrix[rows, columns].double().sum().item(), abs=1e-6
+        )
 
 
 def test_a_planted_permutation_with_flips_and_noise_is_recovered_exactly():
