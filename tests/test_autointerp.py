@@ -33,6 +33,7 @@ FAULTS = {
     "429 with seconds": (429, {"Retry-After": "0.01"}, "slow down"),
     "429 with a date": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "slow down"),
     "429 with nonsense": (429, {"Retry-After": "soon"}, "slow down"),
+    "429 with no number": (429, {"Retry-After": "nan"}, "slow down"),
     "500": (500, {}, "oops"),
     "503 of a proxy": (503, {}, "<html>unavailable</html>"),
     "timeout": "hang",
@@ -40,6 +41,7 @@ FAULTS = {
     "no choices": (200, {}, '{"object": "chat.completion"}'),
     "empty choices": (200, {}, '{"choices": []}'),
     "a list": (200, {}, "[1, 2]"),
+    "content of parts": (200, {}, '{"choices": [{"message": {"content": [{"type": "text"}]}}]}'),
     "a page": (200, {}, "<!DOCTYPE html><p>welcome"),
     "truncated": (200, {}, '{"choices": [{"message": {"content": "4'),
 }
@@ -52,7 +54,7 @@ def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault, chat, tmp_pat
     judge = judge_at(chat, tmp_path)
     assert judge.answer("2 + 2?") == "4"
     assert judge.tokens == 7
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n")) == 1
 
 
 @pytest.mark.parametrize("fault", ["500", "no choices", "a page", "429"])
@@ -115,6 +117,17 @@ def test_a_setting_that_is_rejected_is_left_out_from_then_on(chat, tmp_path):
     ]
 
 
+def test_many_requests_at_once_learn_together(chat, tmp_path):
+    def fault(body):
+        if "max_tokens" in body:
+            return 400, {}, "use max_completion_tokens, not max_tokens"
+        return REFUSES_TEMPERATURE if "temperature" in body else None
+
+    chat.faults, chat.answer = [fault] * 100, lambda prompt: prompt
+    answers = ask_all(judge_at(chat, tmp_path), [(str(n), str) for n in range(20)], "asking", concurrency=10)
+    assert [value for value, _ in answers] == [str(n) for n in range(20)]
+
+
 def test_a_setting_is_dropped_once_and_not_for_ever(chat, tmp_path):
     chat.faults = [REFUSES_TEMPERATURE] * 5
     with pytest.raises(RunError, match="status 400"):
@@ -130,8 +143,11 @@ def test_an_answer_is_paid_for_once(chat, tmp_path):
     path.write_text(path.read_text() + '{"request": "half a li')  # as a killed process leaves it
     assert ask_all(judge_at(chat, tmp_path), questions, "asking") == first == [("A", "A"), ("B", "B"), ("C", "C")]
     assert len(chat.requests) == 3
+    judge_at(chat, tmp_path).answer("d")
+    assert judge_at(chat, tmp_path).answer("d") == "D", "an answer after half a line is whole"
+    assert len(chat.requests) == 4
     Judge(chat.url, "another", path).answer("a")
-    assert len(chat.requests) == 4, "another model is another question"
+    assert len(chat.requests) == 5, "another model is another question"
 
 
 def test_a_server_that_dies_half_way_loses_nothing(chat, tmp_path):
@@ -140,7 +156,7 @@ def test_a_server_that_dies_half_way_loses_nothing(chat, tmp_path):
     chat.faults = [None] * 10 + [(401, {}, "expired")] * 30
     with pytest.raises(RunError):
         ask_all(judge_at(chat, tmp_path), questions, "asking", concurrency=3)
-    kept = len((tmp_path / "answers.jsonl").read_text().splitlines())
+    kept = len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n"))
     assert kept == 10
     chat.faults, before = [], len(chat.requests)
     answers = ask_all(judge_at(chat, tmp_path), questions, "asking", concurrency=3)
@@ -160,7 +176,7 @@ def test_stopping_keeps_what_has_been_sent(chat, tmp_path):
     chat.answer = answer
     with pytest.raises(RunError, match="interrupted"):
         ask_all(judge, [(str(n), str) for n in range(20)], "asking", concurrency=2)
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(chat.requests) < 20
+    assert len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n")) == len(chat.requests) < 20
 
 
 @pytest.mark.parametrize("nothing", [None, "", "   ", "<think>hm</think>"])
