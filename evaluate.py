@@ -612,28 +612,32 @@ class Judge:
 
     def ask(self, prompt, parse):
         """`parse` of the answer to a prompt, None if it makes no sense twice; and the answer itself."""
-        for attempt in range(2):
-            text = self.answer(prompt, attempt)
+        for reminder in ("", "\n\nReply in the form asked for, and with nothing else."):
+            text = self.answer(prompt + reminder)
             value = parse(without_reasoning(text))
             if value is not None:
                 break
         return value, text
 
-    def answer(self, prompt, attempt=0):
-        """The text that the model answers, "" for none. Raises RunError."""
-        request = [self.url, self.model, self.settings, prompt, attempt]
+    def answer(self, prompt):
+        """The text that the model answers; "" for none, or for one that was cut off. Raises RunError.
+
+        Only answers are kept: what was not one may be one the next time.
+        """
+        request = [self.url, self.model, self.settings, prompt]
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()
         if name in self.answers:
             return self.answers[name]
         text, tokens = self.post({"model": self.model, "messages": [{"role": "user", "content": prompt}]})
         with self.lock:
-            self.answers[name], self.answered = text, True
-            self.tokens += tokens
-            try:
-                with open(self.cache, "a") as file:  # a line of its own, even after half a line
-                    file.write("\n" + json.dumps({"request": name, "answer": text}) + "\n")
-            except OSError as error:
-                raise RunError(f"cannot write {self.cache} ({error.strerror}): make room, then repeat") from None
+            self.tokens, self.answered = self.tokens + tokens, True
+            if text.strip():
+                self.answers[name] = text
+                try:
+                    with open(self.cache, "a") as file:  # a line of its own, even after half a line
+                        file.write("\n" + json.dumps({"request": name, "answer": text}) + "\n")
+                except OSError as error:
+                    raise RunError(f"cannot write {self.cache} ({error.strerror}): make room, then repeat") from None
         return text
 
     def post(self, body):
@@ -649,11 +653,13 @@ class Judge:
                 reply = requests.post(self.url, json=body | settings, headers=headers, timeout=TIMEOUT)
                 if reply.status_code == 200:
                     result = reply.json()
-                    usage, text = result.get("usage") or {}, result["choices"][0]["message"]["content"] or ""
+                    usage, choice = result.get("usage") or {}, result["choices"][0]
+                    text = choice["message"]["content"] or ""
                     if not isinstance(text, str):
                         raise TypeError
+                    text = "" if choice.get("finish_reason") == "length" else text
                     return text, int(usage.get("total_tokens") or 0)
-                said = self.without_key(" ".join(reply.text.split())[:200])
+                said = self.without_key(" ".join(reply.text.split()))[:200]
                 reason = f"status {reply.status_code}: {said}"
                 if reply.status_code in (400, 422) and self.learn(settings, reply.text):
                     continue
@@ -726,8 +732,8 @@ def ask_all(judge, questions, what, concurrency=16):
 
 def without_reasoning(text):
     """An answer without the reasoning that some models put before it."""
-    text = re.sub(r"<think(ing)?>.*?</think(ing)?>", "", text, flags=re.DOTALL | re.IGNORECASE)
-    return text.split("</think>")[-1].strip()
+    text = re.split(r"</(?:think|thinking|reasoning)>", text, flags=re.IGNORECASE)[-1]
+    return re.sub(r"<(think|thinking|reasoning)>.*", "", text, flags=re.DOTALL | re.IGNORECASE).strip()  # never closed
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -842,11 +848,15 @@ END DATA"""
 def excerpt(tokenizer, tokens, acts=None, limit=0.0):
     """A window as JSON-quoted text, and the tokens above the limit marked where `acts` are given."""
     text = ""
-    for i, token in enumerate(tokens):
-        active = acts is not None and acts[i] > limit
-        before, after = (acts is not None and 0 <= j < len(acts) and acts[j] > limit for j in (i - 1, i + 1))
-        text += "<<" * (active and not before) + tokenizer.decode([token]) + ">>" * (active and not after)
+    for active, run in runs_of(tokens, [acts is not None and act > limit for act in acts or tokens]):
+        text += f"<<{tokenizer.decode(run)}>>" if active else tokenizer.decode(run)
     return json.dumps(text, ensure_ascii=False)
+
+
+def runs_of(tokens, marks):
+    """Neighbouring tokens of one mark together, since a character may take several tokens: pairs (mark, tokens)."""
+    for mark, run in itertools.groupby(zip(marks, tokens), key=lambda pair: pair[0]):
+        yield mark, [token for _, token in run]
 
 
 def numbered(excerpts):
@@ -854,28 +864,37 @@ def numbered(excerpts):
 
 
 def parse_explanation(text):
-    """The first line that says something, None where there is none."""
-    text = re.split(r"explanation\s*:", text, flags=re.IGNORECASE)[-1]
-    lines = [line.strip(" \t\"'*`") for line in text.splitlines()]
-    return next((line[:500] for line in lines if re.search(r"\w", line)), None)
+    """The first line that says something; None where there is none, or where the judge declines."""
+    text = re.split(r"^\W*explanation\W*:", text, flags=re.IGNORECASE | re.MULTILINE)[-1]
+    lines = [line.strip(" \t\"'*_") for line in text.splitlines() if not re.match(r"\s*(#|```)", line)]
+    lines = [line for line in lines if re.search(r"\w", line) and not line.endswith(":")]
+    if not lines or re.match(
+        r"(i('m| am) sorry|sorry\b|i (can ?not|can't|am unable)|unable\b)", lines[0], re.IGNORECASE
+    ):
+        return None
+    return lines[0][:500]
 
 
 def parse_numbers(text, n):
-    """The set of numbers in an answer such as "1, 4 and 7.", "[2]" or "None."; None where it cannot be told.
+    """The set of numbers in an answer such as "1, 4 and 7.", "[2]", "Excerpts: 3, 5" or "None."; None for all else.
 
-    Of an answer of several lines that is more than a list, the last line counts.
+    One line must be such a list, or every line a number of it; no other line may hold a number or a "none". So no
+    explaining judge is misread, at the price of asking it again.
     """
-    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
-    if not lines:
+    lines = [re.sub(r"[*_`\[\](){}\"']", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if re.search(r"\d|\bnone\b", line, re.IGNORECASE)]
+    lists = [
+        re.sub(r"^[\s•-]*((final )?answers?|excerpts?|numbers?)?\s*:?\s*", "", x, flags=re.IGNORECASE) for x in lines
+    ]
+    answer = ", ".join(lists) if all(re.fullmatch(r"\d+[.,;]?", line) for line in lists) else lists[0] if lists else ""
+    if len(lists) > 1 and answer == lists[0]:
         return None
-    is_list = all(re.fullmatch(r"[\W\d]*", line) for line in lines)
-    answer = ", ".join(lines) if is_list else lines[-1]
-    numbers = [int(number[:9]) for number in re.findall(r"\d+", answer)]
-    if re.search(r"\d\s*(-|\u2013|to|through)\s*\d|\d\.\d", answer) or not all(1 <= number <= n for number in numbers):
+    if re.fullmatch(r"none\.?", answer, re.IGNORECASE):
+        return set()
+    if not re.fullmatch(r"\d+[.,;]?((\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+|\s+)\d+[.,;]?)*", answer, re.IGNORECASE):
         return None
-    if not numbers and not re.search(r"\bnone\b", answer, re.IGNORECASE):
-        return None
-    return set(numbers)
+    numbers = {int(number[:9]) for number in re.findall(r"\d+", answer)}
+    return numbers if numbers <= set(range(1, n + 1)) and not re.search(r"\d\.\d", answer) else None
 
 
 def plan_features(found, tokenizer, args):
@@ -943,8 +962,8 @@ def write_page(rows, found, tokenizer, title, path):
         for tokens, acts in windows["top"]:
             spans = (
                 f'<span style="background:rgba(255,140,0,{max(act, 0) / peak:.2f})" title="{act:.3g}">'
-                f"{html.escape(tokenizer.decode([token]))}</span>"
-                for token, act in zip(tokens, acts)
+                f"{html.escape(tokenizer.decode(run))}</span>"
+                for act, run in runs_of(tokens, acts)
             )
             lines.append(f"<p>{''.join(spans)}</p>")
         score = "no score" if row["score"] is None else f"score {row['score']:.2f}"

@@ -91,7 +91,7 @@ def generate(model, layer, prompt, vectors, uniform, temperature=0.7, top_p=0.9,
     tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
     for step in range(uniform.shape[1]):
         added = vectors[:, None] if past is not None or steer_prompt else 0.0
-        with spliced(model, layer, lambda resid, added=added: resid + added):
+        with spliced(model, layer, lambda resid, added=added: (resid + added).to(resid.dtype)):
             out = model(input_ids=tokens, past_key_values=past, use_cache=True)
         past = out.past_key_values
         tokens = sample(out.logits[:, -1], uniform[:, step], temperature, top_p)[:, None]
@@ -124,10 +124,16 @@ def read_back(model, layer, sae, prompt, texts, features, eos=None):
     loss = F.cross_entropy(logits[:, len(prompt) - 1 : -1].float().transpose(1, 2), texts, reduction="none")
     acts = sae.encode(found[0][:, len(prompt) :].flatten(0, 1).float()).view(*texts.shape, -1)
     acts = acts.gather(2, features[:, None, None].expand(-1, texts.shape[1], 1))[..., 0]
-    counted = ((texts == eos).cumsum(1) == 0).float()
-    counted[:, 0] = 1  # a text that ends at once is that end
+    counted = before_end(texts, eos).float()
     n = counted.sum(1)
     return (acts * counted).sum(1) / n, ((loss * counted).sum(1) / n).exp()
+
+
+def before_end(texts, eos):
+    """Which tokens of texts [n, steps] come before the first end of text; of a text that ends at once, that end."""
+    counted = (texts == (-1 if eos is None else eos)).cumsum(1) == 0
+    counted[:, 0] = True
+    return counted
 
 
 def final_norm(model):
@@ -188,7 +194,7 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progres
 
     `scores` is {feature: (explanation, auto-interp score)}, either None where there is none.
     """
-    device, rows = next(model.parameters()).device, []
+    device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
     generator = torch.Generator().manual_seed(args.seed)
     noise = dict(zip(features, evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator))))
     for prompt_number, prompt in enumerate(args.prompts):
@@ -199,42 +205,39 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progres
             uniform = np.stack([draws(args.seed, feature, prompt_number, args.new_tokens) for feature in some])
             options = (torch.from_numpy(uniform).to(device), args.temperature, args.top_p, args.steer_prompt)
             original = generate(model, layer, ids, torch.zeros(len(some), sae.d_in, device=device), *options)
-            act, perplexity = read_back(model, layer, sae, ids, original, at, tokenizer.eos_token_id)
+            act, perplexity = read_back(model, layer, sae, ids, original, at, eos)
             for strength in args.strength:
                 vectors = steering_vectors(sae, at, args.mode, strength, rms)
-                works = vectors.isfinite().all(1)
+                works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
                 vectors = torch.where(works[:, None], vectors, 0.0)
-                random = torch.stack([noise[feature] for feature in some]).to(device) * vectors.norm(
-                    dim=1, keepdim=True
-                )
+                random = torch.stack([noise[feature] for feature in some]).to(device)
                 promoted = promoted_tokens(model, sae.W_dec[at], 20)
                 predicted = predictors(model, layer, tokenizer(NEUTRAL)["input_ids"], vectors, promoted)
-                columns = {
-                    "perplexity_original": perplexity,
-                    "output_score": predicted[0],
-                    "delta_confidence": predicted[1],
-                }
+                columns = {"perplexity_original": perplexity}
+                columns |= {"output_score": predicted[0], "delta_confidence": predicted[1]}
                 texts = {"original": original}
-                for name, added in (("", vectors), ("_control", random)):
+                for kind, added in (("", vectors), ("_control", random * vectors.norm(dim=1, keepdim=True))):
                     text = generate(model, layer, ids, added, *options)
-                    texts["steered" if not name else "control"] = text
-                    act_here, columns["perplexity" + name] = read_back(
-                        model, layer, sae, ids, text, at, tokenizer.eos_token_id
-                    )
-                    columns["echo" + name] = act_here - act
-                    columns["promoted" + name] = (promoted[:, :10, None] == text[:, None]).any(2).float().mean(1)
-                columns = {name: values.tolist() for name, values in columns.items()}
+                    texts["control" if kind else "steered"] = text
+                    read = read_back(model, layer, sae, ids, text, at, eos)
+                    columns["echo" + kind], columns["perplexity" + kind] = read[0] - act, read[1]
+                    said = torch.where(before_end(text, eos), text, -1)[:, None]
+                    columns["promoted" + kind] = (promoted[:, :10, None] == said).any(2).float().mean(1)
+                texts = {name: decoded(tokenizer, ids_of, eos) for name, ids_of in texts.items()}
+                columns = texts | {name: values.tolist() for name, values in columns.items()}
                 for i, feature in enumerate(some):
-                    if not works[i]:  # the encoder of this feature does not see its decoder
-                        continue
                     row = {"feature": feature, "prompt": prompt, "strength": strength}
-                    row |= {name: tokenizer.decode(ids_of[i]) for name, ids_of in texts.items()}
                     row |= {name: values[i] for name, values in columns.items()}
                     row["explanation"], row["autointerp_score"] = scores.get(feature, (None, None))
-                    rows.append(row | {"ratings": {}, "ratings_control": {}})
+                    rows += [row | {"ratings": {}, "ratings_control": {}}] if works[i] else []
                 if progress is not None:
                     progress.update(len(some))
     return rows
+
+
+def decoded(tokenizer, texts, eos):
+    """Token ids [n, steps] as strings, up to the end of text."""
+    return [tokenizer.decode(text[kept]) for text, kept in zip(texts, before_end(texts, eos))]
 
 
 def choose(sae, folder, args):
@@ -272,11 +275,11 @@ END DATA"""
 
 
 def parse_rating(text):
-    """A rating from 1 to 5, the only number or the last line's; None where it cannot be told."""
-    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
-    numbers = re.findall(r"\d+(?:\.\d+)?", lines[-1]) if lines else []
-    numbers = numbers[:1] if re.search(r"\d\s*(?:/|out of)\s*5\b", lines[-1] if lines else "") else numbers
-    return int(numbers[0]) if len(numbers) == 1 and numbers[0] in set("12345") else None
+    """A rating from 1 to 5, alone on the only line with a number: "4", "Rating: 4/5", "4 out of 5."; else None."""
+    lines = [re.sub(r"[*_`\"']", "", line).strip() for line in text.splitlines() if re.search(r"\d", line)]
+    form = r"(?:(?:the )?(?:rating|answer|score)(?: is)?\s*[:=]?\s*)?([1-5])(?:\s*(?:/|out of)\s*5)?\.?"
+    found = re.fullmatch(form, lines[0], re.IGNORECASE) if len(lines) == 1 else None
+    return int(found.group(1)) if found else None
 
 
 def rating_question(row, name, swap):
@@ -302,7 +305,8 @@ def rating_questions(rows, args):
     for row in rows:
         for name, field in (("steered", "ratings"), ("control", "ratings_control")):
             if row["explanation"]:
-                place = [args.seed, row["feature"], args.prompts.index(row["prompt"]), name == "control"]
+                # The last number keeps these draws apart from those of the text itself
+                place = [args.seed, row["feature"], args.prompts.index(row["prompt"]), 2 + (name == "control")]
                 swap = not args.fixed_order and np.random.default_rng(place).random() < 0.5
                 yield row, field, *rating_question(row, name, swap)
 
@@ -391,7 +395,15 @@ def correlation(rows, outcome, predictor="autointerp_score"):
     with np.errstate(invalid="ignore", divide="ignore"):
         covariance, spread = sxy / n - sx * sy / n**2, sxx / n - (sx / n) ** 2
         slopes, rs = covariance / spread, covariance / np.sqrt(spread * (syy / n - (sy / n) ** 2))
-    result = {"n": len(x), "r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
+        spread_of = {"slope_error_by_feature": np.nanstd(slopes), "z_error_by_feature": np.nanstd(np.arctanh(rs))}
+    result = {
+        "n": len(x),
+        "r": line.rvalue,
+        "p": line.pvalue,
+        "slope": line.slope,
+        "slope_error": line.stderr,
+        **spread_of,
+    }
     result |= {"spearman": spearman.statistic, "spearman_p": spearman.pvalue}
     result |= {
         "r_interval": np.nanquantile(rs, [0.025, 0.975]),
@@ -401,7 +413,9 @@ def correlation(rows, outcome, predictor="autointerp_score"):
 
 
 def z_test(difference, error):
-    """{"z", "p"} of a difference with a standard error."""
+    """{"z", "p"} of a difference with a standard error; None where there is no error to compare it with."""
+    if not (np.isfinite(difference) and np.isfinite(error) and error > 0):
+        return None
     z = difference / error
     return {"z": float(z), "p": float(2 * stats.norm.sf(abs(z)))}
 
@@ -423,11 +437,15 @@ def compare(a, b, outcome):
     result["permutation_p"] = permutation_test(features_a, features_b, np.random.default_rng(0)) if tested else None
     first, second = correlation(a, outcome), correlation(b, outcome)
     result["correlations"] = [first, second]
-    if first and second and min(first["n"], second["n"]) > 3:
-        error = (1 / (first["n"] - 3) + 1 / (second["n"] - 3)) ** 0.5
-        result["correlations_differ"] = z_test(np.arctanh(second["r"]) - np.arctanh(first["r"]), error)
-        error = np.hypot(first["slope_error"], second["slope_error"])
-        result["slopes_differ"] = z_test(second["slope"] - first["slope"], error)
+    if first and second and min(first["n"], second["n"]) > 3 and max(abs(first["r"]), abs(second["r"])) < 1:
+        # As the study tests it, over texts; and over features, with the errors of the bootstrap
+        apart = np.arctanh(second["r"]) - np.arctanh(first["r"])
+        result["correlations_differ"] = z_test(apart, (1 / (first["n"] - 3) + 1 / (second["n"] - 3)) ** 0.5)
+        steeper = second["slope"] - first["slope"]
+        result["slopes_differ"] = z_test(steeper, np.hypot(first["slope_error"], second["slope_error"]))
+        for name, value, error in (("correlations", apart, "z_error"), ("slopes", steeper, "slope_error")):
+            errors = [found[f"{error}_by_feature"] for found in (first, second)]
+            result[f"{name}_differ_by_feature"] = z_test(value, np.hypot(*errors))
     return result
 
 
@@ -596,7 +614,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of random draws, features and control directions")
     add("--base-url", nargs="+", default=["http://localhost:8000/v1"], metavar="URL", help="one, or one for each judge")
     add("--judge", nargs="+", default=[], metavar="NAME", help="models that rate; none: measures without a judge")
-    add("--api-key-env", default="OPENAI_API_KEY", metavar="VARIABLE", help="where the key is, if one is needed")
+    keys = "where the key is, if one is needed; one for each address"
+    add("--api-key-env", nargs="+", default=["OPENAI_API_KEY"], metavar="VARIABLE", help=keys)
     add("--fixed-order", action="store_true", help="show the unsteered text first always, as the study did")
     add("--concurrency", type=int, default=16, help="requests in flight")
     add("--dry-run", action="store_true", help="steer, then print what judges would be asked, and send nothing")
@@ -615,6 +634,12 @@ def parse(argv):
         raise UsageError(
             f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many"
         )
+    if len(args.api_key_env) != len(args.base_url):
+        raise UsageError(
+            f"--api-key-env: give one variable for each of the {len(args.base_url)} addresses of --base-url"
+        )
+    if len(set(args.judge)) < len(args.judge):
+        raise UsageError(f"--judge {' '.join(args.judge)}: the same name twice")
     return args
 
 
@@ -627,7 +652,7 @@ def main(argv=None):
         found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
     if not args.judge:
         print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
-    key, model_of, runs = os.environ.get(args.api_key_env, ""), None, []
+    model_of, runs = None, []
     for folder, hp, sae, features, scores in found:
         if model_of != hp.model:
             model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
@@ -644,9 +669,12 @@ def main(argv=None):
             print(f"{len(args.judge) * len(prompts)} requests, about {cost:,} tokens. The first two:")
             print("\n\n---\n\n".join(prompts[:2]))
             continue
-        urls = args.base_url * (len(args.judge) if len(args.base_url) == 1 else 1)
+        servers = list(zip(args.base_url, args.api_key_env)) * (len(args.judge) if len(args.base_url) == 1 else 1)
         with stop_signal() as stop:
-            judges = [evaluate.Judge(u, j, folder / "answers.jsonl", key, stop) for u, j in zip(urls, args.judge)]
+            judges = [
+                evaluate.Judge(url, judge, folder / "answers.jsonl", os.environ.get(variable, ""), stop)
+                for judge, (url, variable) in zip(args.judge, servers)
+            ]
             rate(rows, judges, args)
         names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed")
         settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}

@@ -186,6 +186,15 @@ def test_an_answer_of_nothing_is_asked_again_once_and_then_recorded(nothing, cha
     assert len(chat.requests) == 2
 
 
+def test_an_answer_that_was_cut_off_is_none_and_not_kept(chat, tmp_path):
+    cut = json.dumps({"choices": [{"message": {"content": "1, 2"}, "finish_reason": "length"}]})
+    chat.faults, chat.answer = [(200, {}, cut)], lambda prompt: "3"
+    assert judge_at(chat, tmp_path).ask("a", str.strip) == ("", "")  # "" is a value to str.strip
+    assert judge_at(chat, tmp_path).ask("a", lambda text: text or None) == ("3", "3")
+    assert judge_at(chat, tmp_path).ask("a", lambda text: text or None) == ("3", "3")
+    assert len(chat.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [
@@ -197,7 +206,23 @@ def test_an_answer_of_nothing_is_asked_again_once_and_then_recorded(nothing, cha
         ("Excerpts 1, 4 and 7.", {1, 4, 7}),
         ("1\n4\n7", {1, 4, 7}),
         ("- 2\n- 14", {2, 14}),
-        ("Excerpt 3 has a 5 in it.\nAnswer: 2, 6", {2, 6}),
+        ("The word is in two of them.\nAnswer: 2, 6", {2, 6}),
+        ("Excerpts: 2; 6", {2, 6}),
+        ("2, 5, and 9", {2, 5, 9}),
+        ("Excerpt 3 has a 5 in it.\nAnswer: 2, 6", None),
+        ("All except 3", None),
+        ("None of the 14 excerpts.", None),
+        ("1: yes\n2: no\n3: yes", None),
+        ('1. "the dog"\n4. "a cat"', None),
+        ("2, 5, 9\n(None of the others mention it.)", None),
+        ("2, 5\nThe other 10 are unrelated.", None),
+        ("1, 4, 7 (not 9)", None),
+        ("Excerpts 1, 4, 7 of 14", None),
+        ("3 excerpts: 1, 4, 7", None),
+        ("between 2 and 5", None),
+        ("1\u20144", None),
+        ("1..4", None),
+        ("**1**-**4**", None),
         ("**None**", set()),
         ("15", None),
         ("0", None),
@@ -219,6 +244,10 @@ def test_numbers_are_read_kindly_but_not_guessed(text, numbers):
         ("Words for food.", "Words for food."),
         ('"Words for food."\n\nThat is all.', "Words for food."),
         ("Let me see.\nExplanation: words for food", "words for food"),
+        ("Sure! Here is a sentence:\n\nNames of animals.", "Names of animals."),
+        ("# Answer\nDogs", "Dogs"),
+        ("The heading 'Explanation:' in a quiz.", "The heading 'Explanation:' in a quiz."),
+        ("I cannot determine what they have in common.", None),
         ("  \n ** \n", None),
         ("", None),
     ],
@@ -229,6 +258,8 @@ def test_an_explanation_is_its_first_line(text, explanation):
 
 def test_reasoning_is_passed_over():
     assert evaluate.without_reasoning("<think>1, 2?\nno</think>\n3") == "3"
+    assert evaluate.without_reasoning("<think>\nexcerpt 1 is, excerpt 2") == ""
+    assert evaluate.without_reasoning("<Thinking>2</Thinking> 4") == "4"
     assert evaluate.without_reasoning("the opening tag was in the prompt, 1</think>3") == "3"
 
 
@@ -301,6 +332,17 @@ def test_sampled_windows_are_drawn_in_proportion_to_their_peaks():
 
 
 # --- scores
+
+
+def test_characters_of_several_tokens_stay_whole():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    text = "a 猫 b"
+    assert json.loads(evaluate.excerpt(Bytes(), list(text.encode()))) == text
+    acts = [0, 0, 1, 1, 1, 0, 0]
+    assert json.loads(evaluate.excerpt(Bytes(), list(text.encode()), acts, 0.5)) == "a <<猫>> b"
 
 
 class Letters:
@@ -392,7 +434,7 @@ def test_text_of_the_data_cannot_leave_its_fence():
 
     text = evaluate.excerpt(Attacker(), [1, 2])
     assert "\n" not in text
-    assert json.loads(text).count("END DATA") == 2
+    assert json.loads(text).count("END DATA") == 1
 
 
 def test_a_feature_without_a_usable_answer_is_reported_and_never_scored_zero(chat, tmp_path):

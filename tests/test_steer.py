@@ -76,6 +76,36 @@ def test_generation_equals_one_text_at_a_time_without_a_cache(family, temperatur
         assert texts[row].tolist() == tokens[len(PROMPT) :]
 
 
+def test_generation_in_half_precision_stays_there():
+    model, sae = lively().bfloat16(), some_sae()
+    texts = steer.generate(model, 2, PROMPT, vectors(), uniform())
+    assert texts.shape == (6, 8)
+    acts, perplexity = steer.read_back(model, 2, sae, PROMPT, texts, torch.arange(6))
+    assert acts.isfinite().all()
+    assert perplexity.isfinite().all()
+    steer.predictors(model, 2, PROMPT, vectors(), steer.promoted_tokens(model, vectors(), 3))
+
+
+def test_the_order_of_the_texts_has_nothing_to_do_with_their_draws():
+    rows = [
+        {"feature": f, "prompt": "a", "original": "", "steered": "", "control": "", "explanation": "x"}
+        for f in range(400)
+    ]
+    first = [
+        'text A: "asteered"' in prompt
+        for _, field, prompt, _ in steer.rating_questions([row | {"steered": "steered"} for row in rows], args())
+        if field == "ratings"
+    ]
+    draws = np.stack([steer.draws(0, f, 0, 4) for f in range(400)])
+    assert all(abs(np.corrcoef(first, column)[0, 1]) < 0.2 for column in draws.T)
+
+
+def test_what_comes_after_the_end_of_text_does_not_count():
+    texts = torch.tensor([[1, 2, 9, 3], [9, 1, 1, 1], [1, 2, 3, 4]])
+    assert steer.before_end(texts, 9).tolist() == [[True, True, False, False], [True] + [False] * 3, [True] * 4]
+    assert steer.before_end(texts, None).all()
+
+
 def test_strength_zero_changes_nothing_at_all():
     texts = [steer.generate(lively(), 2, PROMPT, v, uniform(steps=20)) for v in (0 * vectors(), -0.0 * vectors())]
     assert torch.equal(*texts)
@@ -195,7 +225,15 @@ def test_predictors_steer_at_the_last_position_only():
         ("Rating: 2", 2),
         ("3/5", 3),
         ("4 out of 5", 4),
-        ("B has 7 of them.\n1", 1),
+        ("Text B is about food.\n1", 1),
+        ("The answer is 2.", 2),
+        ("B has 7 of them.\n1", None),
+        ("5\n\nText B mentions 1 animal.", None),
+        ("Text A: 1/5, text B: 5/5", None),
+        ("Rating of text 2: 4/5", None),
+        ("Text B mentions 3 dogs", None),
+        ("The 2nd text is clearly more related.", None),
+        ("-1", None),
         ("0", None),
         ("6", None),
         ("12", None),
@@ -353,6 +391,7 @@ def test_correlations_and_slopes_of_two_settings_are_told_apart():
     result = steer.compare(flat, steep, steer.success_of)
     assert result["correlations_differ"]["p"] < 0.01
     assert result["slopes_differ"]["p"] < 0.01
+    assert result["correlations_differ_by_feature"]["p"] < 0.01
     line = stats.linregress(np.repeat(score, 3), [steer.success_of(row) for row in steep])
     second = result["correlations"][1]
     assert second["slope"] == pytest.approx(line.slope)
@@ -372,6 +411,8 @@ def test_the_bootstrap_draws_features_and_not_texts():
     once = steer.correlation(rated(outcomes, score=score.tolist()), steer.success_of)
     many = steer.correlation(rated([o * 25 for o in outcomes], score=score.tolist()), steer.success_of)
     assert many["p"] < once["p"]
+    assert many["slope_error_by_feature"] == pytest.approx(once["slope_error_by_feature"], rel=0.01)
+    assert many["slope_error"] < 0.5 * once["slope_error"]
     width = [found["r_interval"][1] - found["r_interval"][0] for found in (once, many)]
     assert width[0] == pytest.approx(width[1], rel=0.01)
 
@@ -465,6 +506,8 @@ def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
         (["--strength", "nan"], "--strength"),
         (["--base-url", "http://a", "http://b", "--judge", "one"], "2 addresses for 1 judges"),
         (["--new-tokens", 0], "--new-tokens 0"),
+        (["--judge", "a", "a"], "the same name twice"),
+        (["--judge", "a", "b", "--base-url", "http://a", "http://b"], "--api-key-env"),
     ],
 )
 def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, tmp_path):
