@@ -425,7 +425,8 @@ def total_loss(sae, hp, x, k, dead=None, dense=False):
 
     Returns the loss and, for the log, a dict of its parts with acts and fired (see dense_pass) and x_hat [B, d_in].
     """
-    forward = dense_pass if dense or hp.arch == "relu" else sparse_pass
+    few_active = hp.arch in ("topk", "batchtopk", "matryoshka") and not dense
+    forward = sparse_pass if few_active else dense_pass
     pre_acts, acts, prefixes, fired = forward(sae, x, k)
     recon = sum(squared_error(x_hat, x, hp.reduction) for x_hat in prefixes) / len(prefixes)
     penalty = weight_penalty(sae, hp.l1, hp.l2, hp.l1_form, hp.l2_form)
