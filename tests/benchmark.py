@@ -1,6 +1,6 @@
 """Measure speed on this machine, by hand: python tests/benchmark.py [PART...]
 
-Parts, all by default: mnist, steps, growth, sweep, language_model, matching, steering. Every line stands by itself;
+Parts, all by default: mnist, steps, memory, growth, sweep, language_model, matching, steering. Every line stands alone;
 what is compared runs in turns within one process, and medians of the rounds are compared. dictionary_learning takes
 part where it can be imported. `floor` is what no training step can do without: the encoder's product, one top-k of
 its result, one pass of Adam. SAE_LM_DIR names a folder with a language model; without it, one of Pythia-70M's shape
@@ -39,7 +39,7 @@ def seconds(function, n=1):
     return (time.perf_counter() - start) / n
 
 
-def medians(functions, rounds=5, n=1):
+def medians(functions, rounds=3, n=1):
     """Median seconds of each of {name: function}, taken in turns after one round to warm up."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -121,10 +121,12 @@ def steps():
         found = medians({name: step for name, step in functions.items() if step})
         for name, time_taken in found.items():
             ratios = f"{time_taken / found['sparse']:5.2f} of ours, {time_taken / found['floor']:5.2f} of the floor"
-            print(
-                f"step {arch:10} {name:20} {1e3 * time_taken:7.0f} ms  {ratios}  peak {peak(arch, name):6.0f} MB",
-                flush=True,
-            )
+            print(f"step {arch:10} {name:20} {1e3 * time_taken:7.0f} ms  {ratios}", flush=True)
+
+
+def memory():
+    for name in VARIANTS:
+        print(f"peak memory of a topk step, {name:20} {peak('topk', name):6.0f} MB", flush=True)
 
 
 def peak(arch, name):
@@ -329,7 +331,14 @@ def mnist():
         )
 
 
-PARTS = {"mnist": mnist, "steps": steps, "growth": growth, "sweep": sweep, "language_model": per_million_tokens}
+PARTS = {
+    "mnist": mnist,
+    "steps": steps,
+    "memory": memory,
+    "growth": growth,
+    "sweep": sweep,
+    "language_model": per_million_tokens,
+}
 PARTS |= {"matching": matching, "steering": steering}
 
 if __name__ == "__main__":
