@@ -539,9 +539,16 @@ def report_groups(folders):
 
 
 def varying(groups):
-    """The settings in which the configurations of groups differ, the architecture first."""
-    names = dict.fromkeys(name for group in groups for name in group["config"])
-    return [name for name in names if len({str(group["config"].get(name)) for group in groups}) > 1]
+    """The settings in which the configurations of groups differ, but for those that follow from the architecture."""
+    configs = [group["config"] for group in groups]
+
+    def values(name, arch=None):
+        return {str(config.get(name)) for config in configs if arch in (None, config.get("arch"))}
+
+    archs = {config.get("arch") for config in configs} - {None} or {None}
+    names = dict.fromkeys(name for config in configs for name in config)
+    several = [name for name in names if len(values(name)) > 1]
+    return [name for name in several if name == "arch" or any(len(values(name, arch)) > 1 for arch in archs)]
 
 
 def short_label(config, names):

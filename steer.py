@@ -561,6 +561,9 @@ def plot_rates(runs):
     title = "success rate" if judged else "share of texts that echo the feature"
     left.set(xlabel="strength", ylabel=title, ylim=(0, None))
     right.set(xlabel="perplexity, times that of unsteered text", xscale="log")
+    ticks = [2**n for n in range(-2, 12) if right.get_xlim()[0] <= 2**n <= right.get_xlim()[1]]
+    right.set_xticks(ticks, map(str, ticks))
+    right.minorticks_off()
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
