@@ -8,7 +8,6 @@ with random weights.
 """
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -130,26 +129,30 @@ def memory():
 
 
 def peak(arch, name):
-    """Peak memory of a step in MB beyond weights and Adam's moments, measured in a process of its own."""
+    """Peak memory of a step in MB beyond what is there between steps (weights, moments), in a process of its own."""
     command = [sys.executable, __file__, "peak", arch, name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def print_peak(arch, name):
-    state = 4 * 4 * (2 * D_IN * D_SAE)  # float32: weights, gradients, two moments
+    step = VARIANTS[name](arch)
+    step()  # Adam's moments are made in the first step
     if DEVICE.type == "cuda":
-        step = VARIANTS[name](arch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        step()
-        used = torch.cuda.max_memory_allocated()
+        used = torch.cuda.max_memory_allocated() - before
     else:
-        seconds(lambda: batch() @ batch().T)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        step = VARIANTS[name](arch)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resident("VmRSS")
         step()
-        step()
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print((used - state) / 1e6)
+        used = resident("VmHWM") - before
+    print(used / 1e6)
+
+
+def resident(what):
+    """Bytes of memory in use (VmRSS) or at the peak (VmHWM), as Linux counts them."""
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
 
 
 def growth():
@@ -211,17 +214,13 @@ def per_million_tokens():
         train_pythia.residual_stream = read
     each = 1e6 / (n_batches * BATCH)
     step = medians({"step": our_step("topk", d_in=d_in, d_sae=16 * d_in, k=32)})["step"] * 1e6 / BATCH
-    buffer = stream.buffer.numel() * stream.buffer.element_size() / 1e6
+    buffer, process = stream.buffer.numel() * stream.buffer.element_size() / 1e6, resident("VmHWM") / 1e6
     size = f"d_in {d_in}, d_sae {16 * d_in}, {len(x)} batches"
     print(f"a million tokens ({size}): language model {each * sum(in_model):.1f} s, SAE {step:.1f} s, ", end="")
     print(
-        f"all else {each * (total - sum(in_model)):.1f} s; buffer {buffer:.0f} MB, process {peak_rss():.0f} MB",
+        f"all else {each * (total - sum(in_model)):.1f} s; buffer {buffer:.0f} MB, process {process:.0f} MB",
         flush=True,
     )
-
-
-def peak_rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def sweep():
