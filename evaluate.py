@@ -977,9 +977,8 @@ def write_page(rows, found, tokenizer, title, path):
         head = f"{score}, {row['status']}, active on {row['rate']:.3%} of tokens"
         said = html.escape(row["explanation"] or "(no explanation)")
         parts.append(f"<h2>{row['feature']}: {said}</h2><small>{head}</small>{''.join(lines)}")
-    style = (
-        "body{font:16px sans-serif;max-width:50em;margin:1em auto;padding:0 1em}h2{font-size:1.1em;margin:1.5em 0 0}"
-    )
+    style = "body{font:16px sans-serif;max-width:50em;margin:1em auto;padding:0 1em}h1,h2{overflow-wrap:anywhere}"
+    style += "h2{font-size:1.1em;margin:1.5em 0 0}"
     style += "p{margin:.3em 0;white-space:pre-wrap;font-family:monospace;font-size:.85em}"
     with replacing(path) as temporary:
         temporary.write_text(
