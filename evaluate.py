@@ -326,7 +326,8 @@ def search(cos, candidates=16):
     edges = torch.cat([edges, every * (m + 1)]).unique()  # with the diagonal, so that there is a whole matching
     while True:
         value = cos.flatten()[edges].double()
-        graph = csr_array((2 - value.numpy(), (edges // m, edges % m)), shape=(n, m))
+        place = (edges // m).int().numpy(), (edges % m).int().numpy()  # 32 bits, as older scipy wants them
+        graph = csr_array((2 - value.numpy(), place), shape=(n, m))
         partner = torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
         own = cos[every, partner].double()
         price = column_prices(edges // m, edges % m, value - own[edges // m], partner, m)
