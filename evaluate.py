@@ -331,12 +331,10 @@ def search(cos, candidates=16):
         partner = torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
         own = cos[every, partner].double()
         price = column_prices(edges // m, edges % m, value - own[edges // m], partner, m)
-        kept, more = own - price[partner], []
+        kept, rounded, more = own - price[partner], price.float(), []
         for start in range(0, n, 512):
-            rows = (
-                start
-                + ((cos[start : start + 512] - price.float()).amax(1) > kept[start : start + 512] - 1e-5).nonzero()
-            )
+            best = (cos[start : start + 512] - rounded).amax(1)
+            rows = start + (best > kept[start : start + 512] - 1e-5).nonzero()
             gain, columns = (cos[rows.flatten()].double() - price).topk(min(candidates, m), dim=1)
             more.append((rows * m + columns)[gain > kept[rows] + 1e-9])
         if not sum(map(len, more)):
@@ -489,8 +487,10 @@ def compare_seeds(folders, threshold=0.7):
     return groups
 
 
-def mean_of_pairs(figures, name):
-    return float(np.mean([pair[name] for pair in figures["pairs"]]))
+def all_and_alive(figures, name):
+    """The mean of a figure over the pairs of seeds, over all features (over those alive), for a table."""
+    means = (np.mean([pair[name + over] for pair in figures["pairs"]]) for over in ("", "_alive"))
+    return "{:.3f} ({:.3f})".format(*means)
 
 
 def consistency_table(groups):
@@ -501,8 +501,7 @@ def consistency_table(groups):
     for group in groups:
         figures = group["figures"]
         cells = [group["label"], len(figures["seeds"]), f"{np.mean(figures['alive']):.0f}/{figures['d_sae']}"]
-        for name in columns:
-            cells.append("{:.3f} ({:.3f})".format(*(mean_of_pairs(figures, name + part) for part in ("", "_alive"))))
+        cells += [all_and_alive(figures, name) for name in columns]
         cells.append(f"{figures['always_shared']:.3f} ({figures['always_shared_alive']:.3f})")
         lines.append(tuple(map(str, cells)))
     return markdown(lines)
@@ -525,10 +524,11 @@ def report_groups(folders):
     """load_groups, with the runs' quality.json (None where there is none), a short label and, from two seeds on, the
     figures of `consistency` and best matches."""
     groups = load_groups(folders)
+    names = varying(groups)
     for group in tqdm(groups, desc="matching seeds", unit="configuration"):
         paths = [folder / "quality.json" for folder in group["folders"]]
         group["quality"] = [read_json(path) if path.exists() else None for path in paths]
-        group["label"] = short_label(group["config"], varying(groups)) or group["label"]
+        group["label"] = short_label(group["config"], names) or group["label"]
         if len(group["seeds"]) > 1:
             group["figures"], group["best"] = consistency(group["saes"], group["seeds"])
         else:
@@ -578,10 +578,7 @@ def report_table(groups):
             values = measured(group, *names)
             cells.append(f"{np.mean(values):{form}}" if values else "-")
         if figures["pairs"]:
-            for name in ("mean_max_cos_dec", "shared"):
-                cells.append(
-                    "{:.3f} ({:.3f})".format(*(mean_of_pairs(figures, name + part) for part in ("", "_alive")))
-                )
+            cells += [all_and_alive(figures, name) for name in ("mean_max_cos_dec", "shared")]
             cells.append("{always_shared:.3f} ({always_shared_alive:.3f})".format(**figures))
         lines.append((*cells, *["-"] * (len(lines[0]) - len(cells))))
     return markdown(lines)
@@ -919,7 +916,7 @@ def plan_features(found, tokenizer, args):
         limit = args.active_share * peak
         explain.sort(key=lambda window: -max(window[1]))
         test = [test[i] for i in torch.randperm(len(test), generator=generator).tolist()]
-        plan = {"limit": limit, "test": test, "truth": {i for i, (_, a) in enumerate(test, 1) if max(a) > limit}}
+        plan = {"test": test, "truth": {i for i, (_, a) in enumerate(test, 1) if max(a) > limit}}
         few = windows["n_activations"] < args.min_activations or not explain
         plan["status"] = "too few activations" if few else "no explanation"
         excerpts = numbered(excerpt(tokenizer, *window, limit) for window in explain)
@@ -1009,8 +1006,7 @@ def check_autointerp(args):
 def choose_features(sae, args):
     """The features of --features, or at random --n of those alive, of one class of sharedness with --shared."""
     if args.features:
-        if not all(0 <= feature < sae.d_sae for feature in args.features):
-            raise UsageError(f"--features {' '.join(map(str, args.features))}: this SAE has 0 to {sae.d_sae - 1}")
+        check_features(args.features, sae)
         return args.features
     among = alive_by_weight(sae).cpu()
     if args.shared:
@@ -1020,9 +1016,20 @@ def choose_features(sae, args):
         partner = {(a, b): match_pair(saes[a], saes[b])[1] for a, b in itertools.combinations(range(len(saes)), 2)}
         wanted = ("never", "sometimes", "always").index(args.shared)
         among &= torch.from_numpy(sharedness(partner, len(saes))[0] == wanted)
+    return draw_features(among, args.n, args.seed)
+
+
+def check_features(features, sae):
+    """Raise UsageError where the SAE has no such features."""
+    if not all(0 <= feature < sae.d_sae for feature in features):
+        raise UsageError(f"--features {' '.join(map(str, features))}: this SAE has 0 to {sae.d_sae - 1}")
+
+
+def draw_features(among, n, seed):
+    """n features at random, in order, of those that `among` [d_sae] marks; all of them where there are fewer."""
     candidates = among.nonzero().flatten()
-    generator = torch.Generator().manual_seed(args.seed)
-    return sorted(candidates[torch.randperm(len(candidates), generator=generator)[: args.n]].tolist())
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return sorted(candidates[order[:n]].tolist())
 
 
 def explain_run(args, device):
@@ -1211,9 +1218,10 @@ def main(argv=None):
     if args.command == "report":
         check_writable(args.out, "--out")
         groups = report_groups(find_runs(args.runs))
-        print(report_table(groups))
+        table = report_table(groups)
+        print(table)
         with replacing(make_folder(args.out) / "report.md") as path:
-            path.write_text(report_table(groups) + "\n")
+            path.write_text(table + "\n")
         save_figure(plot_penalties(groups), Path(args.out) / "penalties.png")
         several = [group for group in groups if len(group["seeds"]) > 1]
         if several:

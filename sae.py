@@ -293,11 +293,8 @@ def sparse_pass(sae, x, k):
     """
     with torch.no_grad():
         pre_acts = F.linear(x - sae.b_dec, sae.W_enc.T, sae.b_enc)
-        if sae.arch == "topk":
-            entries = largest(pre_acts, k) + torch.arange(0, pre_acts.numel(), sae.d_sae, device=x.device)[:, None]
-        else:
-            entries = largest(pre_acts.flatten(), k * len(x))
-        entries = entries.flatten().sort().values  # row * d_sae + latent
+        entries = largest_of_rows(pre_acts, k) if sae.arch == "topk" else largest(pre_acts.flatten(), k * len(x))
+        entries = entries.sort().values  # row * d_sae + latent
     acts = pick(sae, x, pre_acts, entries).relu()
     rows, latents = entries // sae.d_sae, entries % sae.d_sae
     fired = torch.zeros(sae.d_sae, device=x.device).index_add_(0, latents, (acts > 0).float())
@@ -305,6 +302,12 @@ def sparse_pass(sae, x, k):
     groups = torch.searchsorted(sae.group_ends, latents, right=True) if n_groups > 1 else 0
     by_group = weighted_sums(acts, latents, sae.W_dec, rows * n_groups + groups, len(x) * n_groups)
     return pre_acts, acts, [*(by_group.view(len(x), n_groups, -1).cumsum(1) + sae.b_dec).unbind(1)], fired
+
+
+def largest_of_rows(pre_acts, k):
+    """The k largest of each row of pre_acts [B, d_sae] as entries row * d_sae + latent, [k * B]."""
+    starts = torch.arange(0, pre_acts.numel(), pre_acts.shape[1], device=pre_acts.device)
+    return (largest(pre_acts, k) + starts[:, None]).flatten()
 
 
 def weighted_sums(weights, sources, vectors, targets, n):
@@ -412,10 +415,9 @@ def auxiliary_loss(sae, x, pre_acts, residual, dead):
     """
     # topk(candidates, d_in / 2) @ W_dec, by way of the active entries as in sparse_pass
     candidates = torch.where(dead, pre_acts.detach(), 0)
-    latents = largest(candidates, max(1, min(sae.d_in // 2, sae.d_sae)))
-    rows = torch.arange(len(x), device=x.device)[:, None].expand_as(latents)
-    acts = pick(sae, x, candidates, (rows * sae.d_sae + latents).flatten()).relu()
-    reconstruction = weighted_sums(acts, latents.flatten(), sae.W_dec, rows.flatten(), len(x))
+    entries = largest_of_rows(candidates, max(1, min(sae.d_in // 2, sae.d_sae)))
+    acts = pick(sae, x, candidates, entries).relu()
+    reconstruction = weighted_sums(acts, entries % sae.d_sae, sae.W_dec, entries // sae.d_sae, len(x))
     variance = squared_error(residual.mean(0), residual, "sum")
     return dead.any() * squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
 

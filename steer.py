@@ -197,6 +197,7 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progres
     device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
     generator = torch.Generator().manual_seed(args.seed)
     noise = dict(zip(features, evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator))))
+    neutral = tokenizer(NEUTRAL)["input_ids"]
     for prompt_number, prompt in enumerate(args.prompts):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for start in range(0, len(features), args.batch_size):
@@ -206,13 +207,13 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progres
             options = (torch.from_numpy(uniform).to(device), args.temperature, args.top_p, args.steer_prompt)
             original = generate(model, layer, ids, torch.zeros(len(some), sae.d_in, device=device), *options)
             act, perplexity = read_back(model, layer, sae, ids, original, at, eos)
+            random = torch.stack([noise[feature] for feature in some]).to(device)
+            promoted = promoted_tokens(model, sae.W_dec[at], 20)
             for strength in args.strength:
                 vectors = steering_vectors(sae, at, args.mode, strength, rms)
                 works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
                 vectors = torch.where(works[:, None], vectors, 0.0)
-                random = torch.stack([noise[feature] for feature in some]).to(device)
-                promoted = promoted_tokens(model, sae.W_dec[at], 20)
-                predicted = predictors(model, layer, tokenizer(NEUTRAL)["input_ids"], vectors, promoted)
+                predicted = predictors(model, layer, neutral, vectors, promoted)
                 columns = {"perplexity_original": perplexity}
                 columns |= {"output_score": predicted[0], "delta_confidence": predicted[1]}
                 texts = {"original": original}
@@ -251,11 +252,8 @@ def choose(sae, folder, args):
         scores = {row["feature"]: (row["explanation"], row["score"]) for row in found["features"]}
         features = features or sorted(scores)[: args.n]
     if not features:
-        alive = evaluate.alive_by_weight(sae).nonzero().flatten()
-        order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(args.seed))
-        features = sorted(alive[order[: args.n]].tolist())
-    if not all(0 <= feature < sae.d_sae for feature in features):
-        raise UsageError(f"--features {' '.join(map(str, features))}: this SAE has 0 to {sae.d_sae - 1}")
+        features = evaluate.draw_features(evaluate.alive_by_weight(sae), args.n, args.seed)
+    evaluate.check_features(features, sae)
     return features, scores
 
 
