@@ -48,6 +48,7 @@ from sae import (
     run_command,
     run_name,
     stop_signal,
+    use_bfloat16,
     write_hparams,
 )
 
@@ -287,9 +288,11 @@ class Activations:
     filling, the batches served of it, and the activations left over from the one before.
     """
 
-    def __init__(self, model, layer, tokens, context, batch_size, data_seed, device, state=None):
+    def __init__(self, model, layer, tokens, context, batch_size, data_seed, device, state=None, bfloat16=False):
         self.model, self.layer, self.tokens, self.context = model, layer, tokens, context
         self.batch_size, self.data_seed, self.device = batch_size, data_seed, device
+        # A model in float32 may still multiply in bfloat16; what it adds up, the residual stream, stays in float32
+        self.autocast = torch.autocast(device.type, torch.bfloat16, bfloat16 and model.dtype == torch.float32)
         self.n_contexts = len(tokens) // context
         self.contexts_per_filling = max(1, BUFFER // (context - 1))
         rows = self.contexts_per_filling * (context - 1) + batch_size
@@ -330,7 +333,8 @@ class Activations:
         self.buffer[:count] = self.leftover
         contexts = self.contexts(self.filling * self.contexts_per_filling, self.contexts_per_filling)
         for part in contexts.split(max(1, FORWARD // self.context)):
-            new = residual_stream(self.model, part, self.layer)[:, 1:].flatten(0, 1)
+            with self.autocast:
+                new = residual_stream(self.model, part, self.layer)[:, 1:].flatten(0, 1)
             norm = new.float().norm(dim=1)
             if self.limit is None:
                 self.limit = 10 * norm.median().item()
@@ -431,7 +435,7 @@ def parse(argv):
     add("--context", type=int, default=1024, help="tokens that the language model reads together")
     add("--lr", type=float, default=5e-5)
     add("--warmup", type=int, default=1000, help="steps of linear warm-up")
-    add("--dtype", default="auto", help="of the SAE's matrix products: float32, bfloat16, or auto: the faster one here")
+    add("--dtype", default="auto", help="of matrix products: float32, bfloat16, or auto: the faster one here")
     add("--out", default="runs/pythia", metavar="DIR", help="where run folders go")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
@@ -477,7 +481,7 @@ def main(argv=None):
         trainers[folder] = Trainer(hp, torch.zeros(1, hp.d_in), device)
         states[folder] = trainers[folder].resume(folder)
     behind = min(trainers, key=lambda folder: trainers[folder].step)
-    stream = Activations(*stream_at, state=states[behind])
+    stream = Activations(*stream_at, states[behind], use_bfloat16(args.dtype, device))
     for folder, hp in missing.items():
         if trainers[folder].step == 0:
             trainers[folder] = Trainer(hp, stream.peek(), device)

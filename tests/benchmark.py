@@ -25,6 +25,7 @@ from sae import SAE, Hparams, Trainer, pick_device, total_loss, use_bfloat16
 
 D_IN, D_SAE, K, BATCH = 512, 16_384, 40, 2048  # the study's
 DEVICE = pick_device("auto")
+BFLOAT16 = use_bfloat16("auto", DEVICE)
 FAMILY = ("topk", "batchtopk", "matryoshka")
 
 
@@ -89,7 +90,7 @@ def their_step(arch):
 
 def floor_step(d_in=D_IN, d_sae=D_SAE, k=K):
     """The bare product, top-k and Adam of a step."""
-    dtype = torch.bfloat16 if use_bfloat16(Hparams(), DEVICE) else torch.float32
+    dtype = torch.bfloat16 if BFLOAT16 else torch.float32
     x, W = batch(d_in).to(dtype), torch.randn(d_in, d_sae, device=DEVICE, dtype=dtype)
     weights = [torch.nn.Parameter(torch.randn(d_sae, d_in, device=DEVICE)) for _ in range(2)]
     for weight in weights:
@@ -206,7 +207,7 @@ def per_million_tokens():
     train_pythia.residual_stream = timed_read
     try:
         start = time.perf_counter()
-        stream = train_pythia.Activations(model, layer, tokens, context, BATCH, 0, DEVICE)
+        stream = train_pythia.Activations(model, layer, tokens, context, BATCH, 0, DEVICE, bfloat16=BFLOAT16)
         n_batches = len(stream.order) // BATCH - 1
         x = [next(stream) for _ in range(n_batches)]
         total = time.perf_counter() - start
@@ -229,7 +230,7 @@ def sweep():
 
     model, layer, tokens, context = language_model()
     d_in, alone = model.config.hidden_size, None
-    stream = Activations(model, layer, tokens, context, BATCH, 0, DEVICE)
+    stream = Activations(model, layer, tokens, context, BATCH, 0, DEVICE, bfloat16=BFLOAT16)
     harvest = seconds(stream.fill) / (len(stream.order) / BATCH)
     for n in (1, 6, 24):
         several = [our_step("topk", d_in=d_in, d_sae=16 * d_in, k=32, seed=seed) for seed in range(n)]
@@ -341,9 +342,9 @@ PARTS = {
 PARTS |= {"matching": matching, "steering": steering}
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
     if sys.argv[1:2] == ["peak"]:
         print_peak(*sys.argv[2:])
     else:
+        sae_module.tune_cpu()  # not for the peak of memory: what is kept would not count as used
         for part in sys.argv[1:] or PARTS:
             PARTS[part]()

@@ -525,7 +525,7 @@ def test_auto_dtype_asks_the_hardware(monkeypatch):
         ("flags: avx2", False),
     ):
         monkeypatch.setattr(sae_module, "cpu_flags", lambda flags=flags: flags)
-        assert use_bfloat16(small(dtype="auto"), torch.device("cpu")) is expected
+        assert use_bfloat16("auto", torch.device("cpu")) is expected
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):

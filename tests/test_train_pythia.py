@@ -69,8 +69,10 @@ def test_the_hook_is_gone_afterwards():
 # --- activations
 
 
-def stream_of(tokens, batch_size=50, context=16, data_seed=0, layer=2, state=None):
-    return Activations(tiny_model(), layer, tokens, context, batch_size, data_seed, torch.device("cpu"), state)
+def stream_of(tokens, batch_size=50, context=16, data_seed=0, layer=2, state=None, bfloat16=False):
+    return Activations(
+        tiny_model(), layer, tokens, context, batch_size, data_seed, torch.device("cpu"), state, bfloat16
+    )
 
 
 def some_tokens(n=6000):
@@ -113,6 +115,13 @@ def test_the_stream_is_a_function_of_the_data_seed():
         a, b, c = (next(stream) for stream in streams)
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_a_bfloat16_harvest_rounds_products_and_keeps_float32_sums():
+    exact, rounded = (next(stream_of(some_tokens(), bfloat16=bfloat16)) for bfloat16 in (False, True))
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.02 * (exact - exact.mean(0)).norm()
+    assert not torch.equal(rounded, rounded.bfloat16().float()), "the residual stream itself is not rounded"
 
 
 def test_activations_have_unit_mean_squared_norm_and_the_first_position_is_dropped():
