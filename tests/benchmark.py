@@ -284,7 +284,7 @@ def similar_saes(n, shared=0.3, d_in=D_IN):
 
 
 def matching():
-    for n in (2048, 4096, 8192):
+    for n in (2048, 4096, 8192, D_SAE):
         a, b = similar_saes(n)
 
         def scipy_dense(a=a, b=b):
@@ -297,8 +297,6 @@ def matching():
             f"matching {n:6} features: {ours:7.1f} s, scipy alone {theirs:7.1f} s, ratio {theirs / ours:.1f}",
             flush=True,
         )
-    a, b = similar_saes(D_SAE)
-    print(f"matching {D_SAE:6} features: {seconds(lambda: evaluate.match_pair(a, b)):7.1f} s a pair", flush=True)
 
 
 # --- images
