@@ -93,6 +93,7 @@ class Hparams:
     clip: float = 1.0  # largest norm of the whole gradient; 0 for no clipping
     k_anneal: float = 0.01  # the first share of the steps, over which k falls linearly from d_in to k
     threshold_start: int = 1000  # first step of the running mean that becomes the inference threshold
+    threshold_beta: float = 0.99  # of that mean; the study's 0.999 lags far behind weights that a penalty shrinks
     seed: int = 0  # initialisation
     data_seed: int = 0  # order of the data
     data: str = ""  # what was trained on
@@ -113,9 +114,9 @@ class Hparams:
         for name in ("sparsity", "l1", "l2", "aux", "clip", "warmup", "dead_after", "data_seed", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: give 0 or a number above it")
-        for name in ("decay", "k_anneal"):
+        for name in ("decay", "k_anneal", "threshold_beta"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{flag(name)} {getattr(self, name)}: a share of the steps, from 0 to 1")
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: a share, from 0 to 1")
         for name, limit in (("seed", 2**63), ("data_seed", 2**40), ("d_sae", 2**31), ("steps", 2**40)):
             if getattr(self, name) >= limit:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: give a number below {limit}")
@@ -538,13 +539,13 @@ class Trainer:
             self.log(x, loss, parts)
 
     def update_threshold(self, acts):
-        """The smallest activation that batchtopk keeps, as a running mean (beta 0.999) from threshold_start on."""
+        """The smallest activation that batchtopk keeps, as a running mean from threshold_start on."""
         start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need a threshold too
         if self.step < start:
             return
         smallest = torch.where(acts > 0, acts, torch.inf).min().float()
         smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)  # a batch may keep nothing
-        self.sae.threshold.lerp_(smallest, 1.0 if self.step == start else 0.001)
+        self.sae.threshold.lerp_(smallest, 1.0 if self.step == start else 1 - self.hp.threshold_beta)
 
     @torch.no_grad()
     def log(self, x, loss, parts):

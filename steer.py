@@ -189,51 +189,67 @@ def measure_rms(model, layer, contexts):
 # One run: every feature, prompt and strength
 
 
-def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progress=None):
+def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progress):
     """All texts and measures of an SAE: the rows of steering.json, without ratings.
 
     `scores` is {feature: (explanation, auto-interp score)}, either None where there is none.
     """
-    device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
+    device, rows = next(model.parameters()).device, []
     generator = torch.Generator().manual_seed(args.seed)
-    noise = dict(zip(features, evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator))))
+    noise = evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator)).to(device)
     neutral = tokenizer(NEUTRAL)["input_ids"]
-    for prompt_number, prompt in enumerate(args.prompts):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        for start in range(0, len(features), args.batch_size):
-            some = features[start : start + args.batch_size]
-            at = torch.tensor(some, device=device)
-            uniform = np.stack([draws(args.seed, feature, prompt_number, args.new_tokens) for feature in some])
-            options = (torch.from_numpy(uniform).to(device), args.temperature, args.top_p, args.steer_prompt)
-            original = generate(model, layer, ids, torch.zeros(len(some), sae.d_in, device=device), *options)
-            act, perplexity = read_back(model, layer, sae, ids, original, at, eos)
-            random = torch.stack([noise[feature] for feature in some]).to(device)
-            promoted = promoted_tokens(model, sae.W_dec[at], 20)
-            for strength in args.strength:
-                vectors = steering_vectors(sae, at, args.mode, strength, rms)
-                works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
-                vectors = torch.where(works[:, None], vectors, 0.0)
-                predicted = predictors(model, layer, neutral, vectors, promoted)
-                columns = {"perplexity_original": perplexity}
-                columns |= {"output_score": predicted[0], "delta_confidence": predicted[1]}
-                texts = {"original": original}
-                for kind, added in (("", vectors), ("_control", random * vectors.norm(dim=1, keepdim=True))):
-                    text = generate(model, layer, ids, added, *options)
-                    texts["control" if kind else "steered"] = text
-                    read = read_back(model, layer, sae, ids, text, at, eos)
-                    columns["echo" + kind], columns["perplexity" + kind] = read[0] - act, read[1]
-                    said = torch.where(before_end(text, eos), text, -1)[:, None]
-                    columns["promoted" + kind] = (promoted[:, :10, None] == said).any(2).float().mean(1)
-                texts = {name: decoded(tokenizer, ids_of, eos) for name, ids_of in texts.items()}
-                columns = texts | {name: values.tolist() for name, values in columns.items()}
-                for i, feature in enumerate(some):
-                    row = {"feature": feature, "prompt": prompt, "strength": strength}
-                    row |= {name: values[i] for name, values in columns.items()}
-                    row["explanation"], row["autointerp_score"] = scores.get(feature, (None, None))
-                    rows += [row | {"ratings": {}, "ratings_control": {}}] if works[i] else []
-                if progress is not None:
-                    progress.update(len(some))
+    for start in range(0, len(features), args.batch_size):
+        some = torch.tensor(features[start : start + args.batch_size], device=device)
+        promoted = promoted_tokens(model, sae.W_dec[some], 20)
+        directions = {"steered": [], "control": []}  # for each strength, [n, d_in]
+        known = []  # for each strength, what does not depend on the prompt: columns of n values
+        for strength in args.strength:
+            vectors = steering_vectors(sae, some, args.mode, strength, rms)
+            works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
+            vectors = torch.where(works[:, None], vectors, 0.0)
+            directions["steered"].append(vectors)
+            directions["control"].append(noise[start : start + len(some)] * vectors.norm(dim=1, keepdim=True))
+            score, confidence = predictors(model, layer, neutral, vectors, promoted)
+            known.append({"works": works, "output_score": score, "delta_confidence": confidence})
+        for number in range(len(args.prompts)):
+            written = steer_prompt(sae, model, tokenizer, layer, some, number, directions, promoted[:, :10], args)
+            for strength, fixed, columns in zip(args.strength, known, written):
+                about = {"prompt": args.prompts[number], "strength": strength}
+                rows += rows_of({"feature": some} | fixed | columns, about)
+                progress.update(len(some))
+    for row in rows:
+        row["explanation"], row["autointerp_score"] = scores.get(row["feature"], (None, None))
+        row |= {"ratings": {}, "ratings_control": {}}
     return rows
+
+
+def steer_prompt(sae, model, tokenizer, layer, features, number, directions, promoted, args):
+    """What is written after prompt `number`, unsteered and along each of `directions` [n, d_in] (for each strength a
+    steered and a control one), and its measures: for each strength a dict of columns, a value for each feature [n]."""
+    ids, eos = tokenizer(args.prompts[number], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    uniform = np.stack([draws(args.seed, feature, number, args.new_tokens) for feature in features.tolist()])
+    options = (torch.from_numpy(uniform).to(features.device), args.temperature, args.top_p, args.steer_prompt)
+
+    def write(vectors):
+        text = generate(model, layer, ids, vectors, *options)
+        return text, *read_back(model, layer, sae, ids, text, features, eos)
+
+    original, act, perplexity = write(torch.zeros_like(directions["steered"][0]))
+    for steered, control in zip(directions["steered"], directions["control"]):
+        columns = {"original": decoded(tokenizer, original, eos), "perplexity_original": perplexity}
+        for name, vectors, kind in (("steered", steered, ""), ("control", control, "_control")):
+            text, act_steered, columns["perplexity" + kind] = write(vectors)
+            columns[name], columns["echo" + kind] = decoded(tokenizer, text, eos), act_steered - act
+            said = torch.where(before_end(text, eos), text, -1)[:, None]
+            columns["promoted" + kind] = (promoted[..., None] == said).any(2).float().mean(1)
+        yield columns
+
+
+def rows_of(columns, about):
+    """Columns, tensors or lists of n values, as n dicts, each with what they all share; of those that `works` marks."""
+    lists = {name: values if isinstance(values, list) else values.tolist() for name, values in columns.items()}
+    rows = [dict(zip(lists, values)) | about for values in zip(*lists.values())]
+    return [row for row in rows if row.pop("works")]
 
 
 def decoded(tokenizer, texts, eos):
@@ -662,6 +678,10 @@ def main(argv=None):
         total = len(features) * len(args.prompts) * len(args.strength)
         with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
             rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, scores, progress)
+        if lost := len(features) - len({row["feature"] for row in rows}):
+            print(
+                f"note: {lost} features of {folder} are left out: their encoder does not see their decoder's direction"
+            )
         if not any(row["explanation"] for row in rows):
             print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
         if args.dry_run:

@@ -63,22 +63,14 @@ def run_folder(model_folder, tmp_path, monkeypatch):
     return sorted((tmp_path / "out").iterdir())
 
 
+def autointerp_line(run, chat, *more):
+    """A command line of evaluate.py."""
+    flags = ["--judge", "wise", "--base-url", chat.url, "--n", 10, "--context", 32, "--half-window", 3]
+    return [str(flag) for flag in ("autointerp", run, *flags, "--device", "cpu", *more)]
+
+
 def autointerp(run, chat, *more):
-    flags = [
-        "--judge",
-        "wise",
-        "--base-url",
-        chat.url,
-        "--n",
-        10,
-        "--context",
-        32,
-        "--half-window",
-        3,
-        "--device",
-        "cpu",
-    ]
-    evaluate.main(["autointerp", str(run), *map(str, flags), *map(str, more)])
+    evaluate.main(autointerp_line(run, chat, *more))
 
 
 class ChatServer(http.server.ThreadingHTTPServer):
@@ -87,11 +79,19 @@ class ChatServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), ChatHandler)
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), ChatHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.answer, self.faults, self.requests, self.headers = lambda prompt: "None", [], [], []
         self.lock = threading.Lock()
+
+    def start(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def end(self):
+        self.shutdown()
+        self.server_close()
 
 
 class ChatHandler(http.server.BaseHTTPRequestHandler):
@@ -126,9 +126,6 @@ class ChatHandler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def chat():
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+    server = ChatServer().start()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.end()

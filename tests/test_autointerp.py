@@ -3,12 +3,15 @@
 import argparse
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
-from conftest import autointerp, tiny_model
+from conftest import ChatServer, autointerp, autointerp_line, tiny_model
 
 import evaluate
 from evaluate import Judge, ask_all, collect_windows, parse_explanation, parse_numbers, selected_acts
@@ -162,6 +165,35 @@ def test_a_server_that_dies_half_way_loses_nothing(chat, tmp_path):
     answers = ask_all(judge_at(chat, tmp_path), questions, "asking", concurrency=3)
     assert [value for value, _ in answers] == [str(n) for n in range(20)]
     assert len(chat.requests) - before == 20 - kept
+
+
+def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "WAIT", 0.05)
+    first = ChatServer().start()
+
+    def answer(prompt):
+        time.sleep(0.01)
+        return prompt
+
+    first.answer, found = answer, []
+    questions = [(str(n), str) for n in range(60)]
+    asking = threading.Thread(
+        target=lambda: found.extend(ask_all(judge_at(first, tmp_path), questions, "asking", concurrency=4))
+    )
+    asking.start()
+    while len(first.requests) < 20:
+        time.sleep(0.001)
+    first.end()
+    time.sleep(0.3)  # nobody listens there
+    assert asking.is_alive()
+    second = ChatServer(first.server_address[1])
+    second.answer = answer
+    second.start()
+    asking.join(30)
+    second.end()
+    assert [value for value, _ in found] == [str(n) for n in range(60)]
+    assert len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n")) == 60
+    assert 0 < len(second.requests) <= 60 - (len(first.requests) - 4), "only what was in flight is asked again"
 
 
 def test_stopping_keeps_what_has_been_sent(chat, tmp_path):
@@ -489,6 +521,30 @@ def test_the_command_writes_scores_and_a_page_and_costs_nothing_twice(run_folder
     autointerp(run_folder[0], chat)
     assert len(chat.requests) == asked
     assert json.loads((run_folder[0] / "autointerp.json").read_text()) == result
+
+
+def test_ctrl_c_of_the_command_loses_nothing_and_asks_nothing_twice(run_folder, chat, tmp_path):
+    def answer(prompt):
+        time.sleep(0.1)
+        return "1, 2" if "Somebody" in prompt else "words"
+
+    chat.answer = answer
+    flags = ("--concurrency", 2, "--data", tmp_path / "tokens.bin")
+    command = [sys.executable, evaluate.__file__, *autointerp_line(run_folder[0], chat, *flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(chat.requests) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert said.strip().splitlines()[-1].startswith("error: interrupted: the same command goes on")
+    assert "Traceback" not in said
+    assert len((run_folder[0] / "answers.jsonl").read_text().strip().split("\n\n")) == len(chat.requests) < 20
+    assert not (run_folder[0] / "autointerp.json").exists()
+    autointerp(run_folder[0], chat, *flags)
+    prompts = [body["messages"][0]["content"] for body in chat.requests]
+    rows = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
+    assert len(prompts) == len(set(prompts)) == 2 * sum(row["status"] == "scored" for row in rows)
 
 
 def test_features_can_be_named_or_taken_by_how_they_recur(run_folder, chat):

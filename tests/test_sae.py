@@ -472,7 +472,7 @@ def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
         kept = batchtopk(trainer.sae.pre_acts(x), annealed_k(hp, step)).detach()
         smallest = kept[kept > 0].min().item()
         if step >= 3:
-            expected = smallest if expected is None else 0.999 * expected + 0.001 * smallest
+            expected = smallest if expected is None else 0.99 * expected + 0.01 * smallest
         trainer.train_step(x)
     assert torch.allclose(trainer.sae.threshold, torch.full((64,), expected), rtol=1e-5)
 

@@ -469,6 +469,17 @@ def test_the_command_without_a_judge(run_folder, tmp_path, capsys):
     assert json.dumps(json.loads((run_folder[0] / "steering.json").read_text())) == first, "alone or together, the same"
 
 
+def test_features_that_cannot_be_raised_are_left_out_aloud(run_folder, tmp_path, capsys):
+    sae = SAE.load(run_folder[0])
+    with torch.no_grad():
+        sae.W_enc[:, 3] = -sae.W_dec[3]
+    sae.save(run_folder[0])
+    run(run_folder[:1], tmp_path / "report", "--mode", "preact", "--features", 3, 5)
+    rows = json.loads((run_folder[0] / "steering.json").read_text())["rows"]
+    assert {row["feature"] for row in rows} == {5}
+    assert "note: 1 features of" in capsys.readouterr().out
+
+
 def test_the_command_with_two_judges(run_folder, chat, tmp_path, capsys):
     chat.answer = lambda prompt: "1" if "Somebody" in prompt else "some words" if "steered" not in prompt else "5"
     for folder in run_folder:
