@@ -958,32 +958,39 @@ def autointerp(judge, features, found, tokenizer, args):
     return rows
 
 
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px sans-serif; max-width: 50em; margin: 1em auto; padding: 0 1em }}
+h1, h2 {{ overflow-wrap: anywhere }}
+h2 {{ font-size: 1.1em; margin: 1.5em 0 0 }}
+p {{ margin: .4em 0; padding-left: .6em; border-left: 3px solid #ddd; font: .85em monospace; white-space: pre-wrap }}
+</style>
+<h1>{title}</h1>
+{features}
+"""
+
+
 def write_page(rows, found, tokenizer, title, path):
     """autointerp.html: every feature with what is said of it and where it is active, for a person to disagree."""
-    parts = []
+    parts, newline = [], "\n"  # a token like any other, so it is shown
     for row, windows in zip(rows, found):
         peak = max((max(acts) for _, acts in windows["top"]), default=1.0) or 1.0
         lines = []
         for tokens, acts in windows["top"]:
             spans = (
                 f'<span style="background:rgba(255,140,0,{max(act, 0) / peak:.2f})" title="{act:.3g}">'
-                f"{html.escape(tokenizer.decode(run))}</span>"
+                f"{html.escape(tokenizer.decode(run)).replace(newline, '↵' + newline)}</span>"
                 for act, run in runs_of(tokens, acts)
             )
             lines.append(f"<p>{''.join(spans)}</p>")
-        score = "no score" if row["score"] is None else f"score {row['score']:.2f}"
-        head = f"{score}, {row['status']}, active on {row['rate']:.3%} of tokens"
+        score = row["status"] if row["score"] is None else f"score {row['score']:.2f}"
+        head = f"{score}, active on {row['rate']:.3%} of tokens"
         said = html.escape(row["explanation"] or "(no explanation)")
         parts.append(f"<h2>{row['feature']}: {said}</h2><small>{head}</small>{''.join(lines)}")
-    style = "body{font:16px sans-serif;max-width:50em;margin:1em auto;padding:0 1em}h1,h2{overflow-wrap:anywhere}"
-    style += "h2{font-size:1.1em;margin:1.5em 0 0}"
-    style += "p{margin:.3em 0;white-space:pre-wrap;font-family:monospace;font-size:.85em}"
     with replacing(path) as temporary:
-        temporary.write_text(
-            f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1>{''.join(parts)}",
-            encoding="utf-8",
-        )
+        page = PAGE.format(title=html.escape(title), features="\n".join(parts))
+        temporary.write_text(page, encoding="utf-8")
     print(f"wrote {path}")
 
 
