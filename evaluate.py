@@ -30,6 +30,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import requests
 import torch
@@ -61,6 +62,8 @@ from sae import (
 # fires fall towards zero exponentially, and those that died last are still on their way: on MNIST, latents below
 # this limit carried less than a millionth of the reconstruction.
 DEAD_NORM = 1e-2
+
+matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold a $
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from sae import (
     check_writable,
     first_line,
     fit,
+    initialise,
     is_complete,
     make_folder,
     pick_device,
@@ -483,8 +484,8 @@ def main(argv=None):
     behind = min(trainers, key=lambda folder: trainers[folder].step)
     stream = Activations(*stream_at, states[behind], use_bfloat16(args.dtype, device))
     for folder, hp in missing.items():
-        if trainers[folder].step == 0:
-            trainers[folder] = Trainer(hp, stream.peek(), device)
+        if trainers[folder].step == 0:  # now that there are activations
+            initialise(trainers[folder].sae, hp, stream.peek().cpu())
         write_hparams(folder, hp, complete=False, bfloat16=trainers[folder].bfloat16)
     with stop_signal() as stop:
         fit(trainers, stream, stop, stream.state)

@@ -308,6 +308,12 @@ def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, ca
     assert f"| r {' ' * 11} | 3     | 20/20 |" in capsys.readouterr().out
 
 
+def test_any_name_of_a_folder_can_be_drawn(tmp_path):
+    folders = [write_run(tmp_path / f"a$\\frac$_seed{s}", random_sae(d_in=8, d_sae=6), s) for s in (0, 1)]
+    evaluate.main(["seeds", *map(str, folders), "--json", str(tmp_path / "all.json")])
+    assert (tmp_path / "all_shares.png").exists()
+
+
 def test_folders_of_others_take_their_seed_from_metadata_or_from_the_order_given(tmp_path):
     base = random_sae(d_in=32, d_sae=20)
     for seed, metadata in ((7, {"seed": 7}), (5, {"seed": 5})):
