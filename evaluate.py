@@ -55,6 +55,7 @@ from sae import (
     replacing,
     run_command,
     stop_signal,
+    use_bfloat16,
     write_json,
 )
 
@@ -182,14 +183,19 @@ def read_run(folder):
     hp = read_hparams(folder)
     if not hp.get("model"):
         raise UsageError(f"{folder}: not a run of train_pythia.py, so there is no language model to measure with")
-    return SimpleNamespace(**hp, tokens=hp["steps"] * hp["batch_size"])
+    return SimpleNamespace(**hp | {"tokens": hp["steps"] * hp["batch_size"]})
+
+
+def source(hp):
+    """What decides which tokens a run was not trained on, and what language model reads them."""
+    return hp.model, hp.data, hp.context, hp.tokens
 
 
 def language_model_and_tokens(hp, data, device, held_out):
     """The model and tokenizer of a run, and its training tokens or those held out; or those of another file `data`."""
     from train_pythia import load_model, open_tokens, read_tokens
 
-    model, tokenizer = load_model(hp.model, device)
+    model, tokenizer = load_model(hp.model, device, use_bfloat16(hp.dtype, device))
     vocab_size = model.get_input_embeddings().num_embeddings
     if data:
         return model, tokenizer, read_tokens(SimpleNamespace(**vars(hp) | {"data": data}), tokenizer, vocab_size)
@@ -210,8 +216,8 @@ def measure_language_model_runs(folders, n_tokens, data, device):
     runs = [(folder, SAE.load(folder).to(device), read_run(folder)) for folder in folders]
     rows, baselines, at = [], {}, None
     for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
-        if at != (hp.model, hp.layer, hp.context, hp.data):
-            at = (hp.model, hp.layer, hp.context, hp.data)
+        if at != (hp.layer, *source(hp)):
+            at = (hp.layer, *source(hp))
             model, _, tokens = language_model_and_tokens(hp, data, device, held_out=True)
             contexts = cut_contexts(tokens, n_tokens, hp.context, device)
         result, firing = language_model_quality(sae, model, hp.layer, contexts, baselines.get(at))
@@ -417,7 +423,8 @@ def consistency(saes, seeds, threshold=0.7, progress=None):
 
 
 def find_runs(paths):
-    """The run folders that the paths name: each a run, or a folder of runs. Plain files (pictures) are passed over."""
+    """The run folders that the paths name: each a run, or a folder of runs. Plain files (pictures) are passed over.
+    Raises UsageError where nothing is left."""
 
     def holds_sae(folder):
         return (folder / "cfg.json").exists() or (folder / "ae.pt").exists()
@@ -426,6 +433,8 @@ def find_runs(paths):
     for path in map(Path, paths):
         inside = [] if holds_sae(path) else sorted(filter(holds_sae, path.glob("*")))
         runs += inside or [path] * (not path.is_file())  # of a folder without an SAE, SAE.load says what is missing
+    if not runs:
+        raise UsageError(f"{' '.join(map(str, paths))}: no run folder among these")
     return list({path.resolve(): path for path in runs}.values())  # a run under two names is one run
 
 
@@ -604,7 +613,7 @@ class Judge:
     The key, if the server wants one, is sent and goes nowhere else. `stop` is an event that ends all asking.
     """
 
-    def __init__(self, base_url, model, cache, key="", stop=None, max_tokens=1000):
+    def __init__(self, base_url, model, cache, key="", stop=None, max_tokens=4000):
         self.url, self.model, self.cache, self.key = base_url.rstrip("/") + "/chat/completions", model, Path(cache), key
         self.settings = {"temperature": 0.0, "max_tokens": max_tokens}
         self.rejected = {}  # settings this server does not take: {name: what to send instead, "" for nothing}
@@ -897,7 +906,7 @@ def parse_numbers(text, n):
     answer = ", ".join(lists) if all(re.fullmatch(r"\d+[.,;]?", line) for line in lists) else lists[0] if lists else ""
     if len(lists) > 1 and answer == lists[0]:
         return None
-    if re.fullmatch(r"none\.?", answer, re.IGNORECASE):
+    if re.fullmatch(r"none( of (them|(these|the)( \d+)? excerpts))?\.?", answer, re.IGNORECASE):
         return set()
     if not re.fullmatch(r"\d+[.,;]?((\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+|\s+)\d+[.,;]?)*", answer, re.IGNORECASE):
         return None
@@ -1017,15 +1026,23 @@ def choose_features(sae, args):
     """The features of --features, or at random --n of those alive, of one class of sharedness with --shared."""
     if args.features:
         check_features(args.features, sae)
-        return args.features
+        return list(dict.fromkeys(args.features))
     among = alive_by_weight(sae).cpu()
     if args.shared:
         if not args.among:
             raise UsageError("--shared: needs --among RUN..., the same configuration from other seeds")
-        saes = [sae.cpu(), *(SAE.load(folder) for folder in find_runs(args.among))]
+        *_, wanted = describe(Path(args.run))
+        others = [describe(folder) for folder in find_runs(args.among) if folder.resolve() != Path(args.run).resolve()]
+        saes = [sae, *(other for other, _, config in others if config == wanted)]
+        if len(saes) < 2 or len(saes) <= len(others):
+            raise UsageError(f"--among: give runs of the configuration of {args.run}, and of no other")
         partner = {(a, b): match_pair(saes[a], saes[b])[1] for a, b in itertools.combinations(range(len(saes)), 2)}
-        wanted = ("never", "sometimes", "always").index(args.shared)
-        among &= torch.from_numpy(sharedness(partner, len(saes))[0] == wanted)
+        number = ("never", "sometimes", "always").index(args.shared)
+        among &= torch.from_numpy(sharedness(partner, len(saes))[0] == number)
+    if not among.any():
+        raise UsageError(
+            f"{args.run}: no feature to choose from" + (f" is {args.shared} shared" if args.shared else "")
+        )
     return draw_features(among, args.n, args.seed)
 
 

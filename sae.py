@@ -689,19 +689,19 @@ def is_complete(folder, hp):
 
 
 def read_hparams(folder):
-    """The settings in a run folder's hparams.json, a dict. Raises UsageError."""
+    """The settings in a run folder's hparams.json, a dict. Raises UsageError.
+
+    A setting that the file lacks has its default, so that a fork with a new one keeps its finished runs.
+    """
     path = Path(folder) / "hparams.json"
     hparams = read_json(path).get("hparams")
     if not isinstance(hparams, dict):
         raise UsageError(f"{path}: has no settings in it: delete it or the folder it is in")
-    return hparams
+    return asdict(Hparams()) | hparams
 
 
 def difference(found, hp):
-    """In words, how the settings found in a file differ from hp; "" where they do not.
-
-    A setting that the file lacks has its default, so that a fork with a new one keeps its finished runs.
-    """
+    """In words, how the settings found in a file differ from hp; "" where they do not."""
     found, wanted = asdict(Hparams()) | found, asdict(hp)
     names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     return ", ".join(f"{flag(name)} {found.get(name)} instead of {wanted.get(name)}" for name in names)
@@ -908,6 +908,9 @@ def run_command(main):
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({first_line(error)}): give a smaller batch or fewer SAEs", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(1)

@@ -260,15 +260,17 @@ def decoded(tokenizer, texts, eos):
 def choose(sae, folder, args):
     """The features to steer and {feature: (explanation, score)}: those of autointerp.json, else random alive ones."""
     path = Path(folder) / "autointerp.json"
-    scores, features = {}, args.features
+    scores, features = {}, list(dict.fromkeys(args.features or ()))
     if path.exists():
         found = read_json(path)
         if found.get("sae") != evaluate.fingerprint(folder):
             raise UsageError(f"{path}: is of another SAE than the one in its folder: delete it, or repeat autointerp")
         scores = {row["feature"]: (row["explanation"], row["score"]) for row in found["features"]}
-        features = features or sorted(scores)[: args.n]
     if not features:
-        features = evaluate.draw_features(evaluate.alive_by_weight(sae), args.n, args.seed)
+        among = evaluate.alive_by_weight(sae)
+        if scores:
+            among = torch.zeros(sae.d_sae).index_fill_(0, torch.tensor(list(scores)), 1)
+        features = evaluate.draw_features(among, args.n, args.seed)
     evaluate.check_features(features, sae)
     return features, scores
 
@@ -369,6 +371,17 @@ def rate_with_interval(values):
     }
 
 
+def over_control(outcome):
+    """The outcome of a text minus that of the random direction's text: what is due to the feature."""
+    field = {success_of: "ratings_control", echoes: "echo_control"}[outcome]
+
+    def excess(row):
+        steered, control = outcome(row), outcome(row, field)
+        return None if steered is None or control is None else steered - control
+
+    return excess
+
+
 def by_feature(rows, outcome):
     """{feature: list of outcomes}: the texts of a feature are not independent, its features are."""
     found = {}
@@ -437,7 +450,8 @@ def z_test(difference, error):
 def compare(a, b, outcome):
     """Two settings' rows at one strength: do their rates, and their correlations with auto-interp scores, differ?
 
-    chi_squared is over texts (Yates' correction, as the study has it), permutation over features.
+    chi_squared is over texts (Yates' correction, as the study has it), permutation over features. over_control: the
+    same of what each setting achieves beyond random directions, since those may differ between settings too.
     """
     features_a, features_b = by_feature(a, outcome), by_feature(b, outcome)
     values = [list(itertools.chain.from_iterable(found.values())) for found in (features_a, features_b)]
@@ -449,6 +463,11 @@ def compare(a, b, outcome):
     result = {"rates": [float(np.mean(v)) for v in values], "n": [len(v) for v in values]}
     result["chi_squared"] = {"statistic": float(chi.statistic), "p": float(chi.pvalue)} if tested else None
     result["permutation_p"] = permutation_test(features_a, features_b, np.random.default_rng(0)) if tested else None
+    excess = [by_feature(rows, over_control(outcome)) for rows in (a, b)]
+    if all(excess):
+        means = [float(np.mean(list(itertools.chain.from_iterable(found.values())))) for found in excess]
+        p = permutation_test(*excess, np.random.default_rng(0))
+        result["over_control"] = {"differences": means, "permutation_p": p}
     first, second = correlation(a, outcome), correlation(b, outcome)
     result["correlations"] = [first, second]
     if first and second and min(first["n"], second["n"]) > 3 and max(abs(first["r"]), abs(second["r"])) < 1:
@@ -589,13 +608,15 @@ def plot_scores(runs):
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
-    for colour, (label, rows, summary) in enumerate(runs):
+    for colour, (label, rows, summary) in enumerate(run for run in runs if run[2]):
         rows = [
             row for row in rows if row["strength"] == summary[0]["strength"] and row["autointerp_score"] is not None
         ]
         outcome = success_of if summary[0]["success"]["n"] else echoes
         scores = {row["feature"]: row["autointerp_score"] for row in rows}
-        left.hist(list(scores.values()), bins=np.linspace(0, 1, 15), histtype="step", color=f"C{colour}", label=label)
+        left.hist(
+            list(scores.values()), bins=(np.arange(16) - 0.5) / 14, histtype="step", color=f"C{colour}", label=label
+        )
         place = np.digitize([row["autointerp_score"] for row in rows], edges) - 1
         for number in range(len(edges) - 1):
             found = rate_with_interval([outcome(row) for row, at in zip(rows, place) if at == number])
@@ -640,6 +661,7 @@ def parse(argv):
     add("--out", default="steering", metavar="DIR", help="where the comparison and figures go")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
+    args.strength, args.prompts = (list(dict.fromkeys(values)) for values in (args.strength, args.prompts))
     if args.mode not in MODES:
         raise UsageError(f"--mode {args.mode}: choose from {', '.join(MODES)}")
     for name in ("n", "new_tokens", "concurrency", "batch_size", "top_p"):
@@ -647,6 +669,8 @@ def parse(argv):
             raise UsageError(f"{flag(name)} {getattr(args, name)}: give a number above 0")
     if args.temperature < 0 or args.seed < 0 or not all(map(np.isfinite, args.strength)):
         raise UsageError(f"--temperature {args.temperature} --seed {args.seed}: give 0 or above, and finite --strength")
+    if not all(args.prompts):
+        raise UsageError("--prompts: an empty one; give some text to go on from")
     if len(args.base_url) not in (1, len(args.judge)):
         raise UsageError(
             f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many"
@@ -669,11 +693,11 @@ def main(argv=None):
         found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
     if not args.judge:
         print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
-    model_of, runs = None, []
+    at, runs = None, []
     for folder, hp, sae, features, scores in found:
-        if model_of != hp.model:
+        if at != evaluate.source(hp):
             model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
-            model_of = hp.model
+            at = evaluate.source(hp)
         rms = measure_rms(model, hp.layer, evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device))
         total = len(features) * len(args.prompts) * len(args.strength)
         with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
@@ -701,11 +725,13 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}
         summary = summarise(rows)
         write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
-        runs.append((hp, rows, summary))
+        runs.append((folder, hp, rows, summary))
     if runs:
-        names = evaluate.varying([{"config": vars(hp)} for hp, *_ in runs])
-        runs = [(evaluate.short_label(vars(hp), names), rows, summary) for hp, rows, summary in runs]
-        report(runs, make_folder(args.out))
+        names = evaluate.varying([{"config": vars(hp)} for _, hp, *_ in runs])
+        labels = [evaluate.short_label(vars(hp), names) for _, hp, *_ in runs]
+        if len(set(labels)) < len(labels) or not all(labels):  # equal settings: only the folders tell them apart
+            labels = [str(folder) for folder, *_ in runs]
+        report([(label, *run[2:]) for label, run in zip(labels, runs)], make_folder(args.out))
 
 
 def report(runs, out):
@@ -721,10 +747,13 @@ def report(runs, out):
             comparisons.append(about | (result or {}))
             if result and result["chi_squared"]:
                 rates, p = result["rates"], result["chi_squared"]["p"]
-                print(
-                    f"strength {strength:g}: {rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, ", end=""
-                )
-                print(f"by feature p = {result['permutation_p']:.2g}")
+                said = f"strength {strength:g}: {rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, "
+                said += f"by feature p = {result['permutation_p']:.2g}"
+                if "over_control" in result:
+                    more = result["over_control"]["differences"]
+                    said += f"; over random directions {more[0]:.3f} against {more[1]:.3f}, "
+                    said += f"by feature p = {result['over_control']['permutation_p']:.2g}"
+                print(said)
     write_json(out / "comparison.json", {"comparisons": comparisons, "runs": {label: s for label, _, s in runs}})
     evaluate.save_figure(plot_rates(runs), out / "rates.png")
     if any(row["autointerp_score"] is not None for _, rows, _ in runs for row in rows):

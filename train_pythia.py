@@ -77,10 +77,10 @@ def loading(name):
         raise UsageError(f"--model {name}: cannot be loaded ({first_line(error)}): {way_out}") from None
 
 
-def load_model(name, device):
+def load_model(name, device, bfloat16=True):
     """The model, in eval mode, and its tokenizer. Raises UsageError where there is no such model."""
-    # float32 on the CPU; on a GPU the precision in which Pythia and its like were published, or bfloat16
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    # On a CPU the weights stay in float32, and Activations multiplies in bfloat16: the better half of both
+    dtype = torch.bfloat16 if bfloat16 and device.type != "cpu" else torch.float32
     with loading(name):
         model = AutoModelForCausalLM.from_pretrained(name, **{DTYPE: dtype})
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -462,6 +462,8 @@ def check_model(args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.batch_size > BUFFER // 2:
+        raise UsageError(f"--batch-size {args.batch_size}: give at most {BUFFER // 2}, half the shuffled buffer")
     # torchrun says which of how many processes this is; SAEs are dealt out, and nothing else is shared
     rank, ranks, local_rank = (int(os.environ.get(name, usual)) for name, usual in RANKS)
     if args.device == "auto" and torch.cuda.is_available():
@@ -473,7 +475,8 @@ def main(argv=None):
     if not missing:
         print(f"all {len(runs)} SAEs are finished, in {args.out}")
         return
-    model, tokenizer = load_model(args.model, device)
+    bfloat16 = use_bfloat16(args.dtype, device)
+    model, tokenizer = load_model(args.model, device, bfloat16)
     tokens, _ = open_tokens(args, tokenizer, model.get_input_embeddings().num_embeddings)
     print(f"training {len(missing)} of {len(runs)} SAEs on {args.data}, {device}, into {args.out}")
     stream_at = (model, args.layer, tokens, args.context, args.batch_size, args.data_seed, device)
@@ -482,7 +485,7 @@ def main(argv=None):
         trainers[folder] = Trainer(hp, torch.zeros(1, hp.d_in), device)
         states[folder] = trainers[folder].resume(folder)
     behind = min(trainers, key=lambda folder: trainers[folder].step)
-    stream = Activations(*stream_at, states[behind], use_bfloat16(args.dtype, device))
+    stream = Activations(*stream_at, states[behind], bfloat16)
     for folder, hp in missing.items():
         if trainers[folder].step == 0:  # now that there are activations
             initialise(trainers[folder].sae, hp, stream.peek().cpu())

@@ -243,7 +243,9 @@ def test_an_answer_that_was_cut_off_is_none_and_not_kept(chat, tmp_path):
         ("2, 5, and 9", {2, 5, 9}),
         ("Excerpt 3 has a 5 in it.\nAnswer: 2, 6", None),
         ("All except 3", None),
-        ("None of the 14 excerpts.", None),
+        ("None of them.", set()),
+        ("None of the 14 excerpts.", set()),
+        ("None of the excerpts but 3", None),
         ("1: yes\n2: no\n3: yes", None),
         ('1. "the dog"\n4. "a cat"', None),
         ("2, 5, 9\n(None of the others mention it.)", None),
@@ -554,7 +556,19 @@ def test_features_can_be_named_or_taken_by_how_they_recur(run_folder, chat):
     _, partner, _ = evaluate.match_pair(*map(SAE.load, run_folder))
     autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1], "--n", 1000)
     rows = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
-    assert [row["feature"] for row in rows] == [i for i, j in enumerate(partner) if j >= 0]
+    shared = [i for i, j in enumerate(partner) if j >= 0]
+    assert [row["feature"] for row in rows] == shared
+    autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[0].parent, "--n", 1000)
+    again = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
+    assert again == rows, "a run is not compared with itself"
+    SAE(16, 64, "topk", 4).save(run_folder[1])
+    with pytest.raises(UsageError, match="no feature to choose from is always shared"):
+        autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1])
+    hparams = json.loads((run_folder[1] / "hparams.json").read_text())
+    hparams["hparams"]["k"] = 5
+    (run_folder[1] / "hparams.json").write_text(json.dumps(hparams))
+    with pytest.raises(UsageError, match="--among"):
+        autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1])
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,21 @@ def test_runs_are_grouped_by_configuration_and_labelled_by_their_folder(tmp_path
     assert "1.000 (1.000)" in table
 
 
+def test_a_run_from_before_there_was_a_setting_has_its_default(tmp_path):
+    folders = [write_run(tmp_path / f"r_seed{s}", random_sae(d_in=8, d_sae=6), s) for s in (0, 1)]
+    found = json.loads((folders[0] / "hparams.json").read_text())
+    del found["hparams"]["aux"]
+    (folders[0] / "hparams.json").write_text(json.dumps(found))
+    (group,) = compare_seeds(folders)
+    assert group["figures"]["seeds"] == [0, 1]
+
+
+def test_paths_without_a_run_are_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UsageError, match=r"a\.txt: no run folder"):
+        find_runs([tmp_path / "a.txt"])
+
+
 def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, capsys):
     base = random_sae(d_in=32, d_sae=20)
     folders = [write_run(tmp_path / f"r_seed{s}", permuted(base, order_of(20, s)), s) for s in (0, 1, 2)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -341,13 +342,15 @@ def test_wilson_equals_scipy():
     assert steer.wilson(0, 0) is None
 
 
-def rated(outcomes, first=0, score=None):
-    """Rows of {feature: outcomes}."""
+def rated(outcomes, first=0, score=None, control=None):
+    """Rows of {feature: outcomes}, and of what random directions do."""
     rows = []
     for feature, values in enumerate(outcomes, first):
-        for value in values:
-            x = None if score is None else score[feature - first]
-            rows.append({"feature": feature, "ratings": {"j": 5 if value else 1}, "autointerp_score": x})
+        for i, value in enumerate(values):
+            row = {"feature": feature, "ratings": {"j": 5 if value else 1}, "ratings_control": {}}
+            if control is not None:
+                row["ratings_control"] = {"j": 5 if control[feature - first][i] else 1}
+            rows.append(row | {"autointerp_score": None if score is None else score[feature - first]})
     return rows
 
 
@@ -369,6 +372,19 @@ def test_texts_of_a_feature_do_not_count_as_independent():
     b = [[bool(generator.random() < 0.5)] * 9 for _ in range(30)]
     result = steer.compare(rated(a), rated(b), steer.success_of)
     assert result["chi_squared"]["p"] < 0.01 < result["permutation_p"]
+
+
+def test_a_setting_whose_random_directions_succeed_as_often_has_no_advantage():
+    generator = np.random.default_rng(6)
+    texts = [generator.random((2, 150, 3)) < rate for rate in (0.1, 0.4)]  # steered and control alike
+    a, b = (rated(steered, control=control) for steered, control in texts)
+    result = steer.compare(a, b, steer.success_of)
+    assert result["permutation_p"] < 0.001
+    assert result["over_control"]["permutation_p"] > 0.05
+    assert result["over_control"]["differences"] == pytest.approx([0, 0], abs=0.05)
+    better = rated(generator.random((150, 3)) < 0.6, control=texts[1][1])
+    assert steer.compare(a, better, steer.success_of)["over_control"]["permutation_p"] < 0.001
+    assert "over_control" not in steer.compare(rated([[1]]), rated([[0]]), steer.success_of)
 
 
 def test_the_permutation_test_is_fair_without_a_difference_and_finds_one():
@@ -469,6 +485,26 @@ def test_the_command_without_a_judge(run_folder, tmp_path, capsys):
     assert json.dumps(json.loads((run_folder[0] / "steering.json").read_text())) == first, "alone or together, the same"
 
 
+def test_equal_settings_are_told_apart_and_nothing_counts_twice(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder[0], tmp_path / "again")
+    folders = (run_folder[0], tmp_path / "again")
+    run(folders, tmp_path / "report", "--strength", 4, 4, "--features", 3, 5, 3)
+    assert len(json.loads((run_folder[0] / "steering.json").read_text())["rows"]) == 2 * 3
+    runs = json.loads((tmp_path / "report" / "comparison.json").read_text())["runs"]
+    assert list(runs) == [str(folder) for folder in folders]
+
+
+def test_features_are_drawn_from_those_explained(run_folder, chat, tmp_path):
+    chat.answer = lambda prompt: "1" if "Somebody" in prompt else "words"
+    autointerp(run_folder[0], chat, "--n", 40)
+    explained = {row["feature"] for row in json.loads((run_folder[0] / "autointerp.json").read_text())["features"]}
+    run(run_folder[:1], tmp_path / "report", "--n", 10)
+    steered = {row["feature"] for row in json.loads((run_folder[0] / "steering.json").read_text())["rows"]}
+    assert len(steered) == 10
+    assert steered <= explained
+    assert steered != set(sorted(explained)[:10])
+
+
 def test_features_that_cannot_be_raised_are_left_out_aloud(run_folder, tmp_path, capsys):
     sae = SAE.load(run_folder[0])
     with torch.no_grad():
@@ -512,6 +548,7 @@ def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--prompts", ""], "--prompts"),
         (["--mode", "loud"], "--mode loud"),
         (["--features", 64], "--features 64"),
         (["--strength", "nan"], "--strength"),

@@ -201,6 +201,20 @@ def test_runs_are_measured_on_their_held_out_tokens(model_folder, tokens_file, t
     assert len(json.loads((tmp_path / "all.json").read_text())["runs"]) == 2
 
 
+def test_runs_on_more_tokens_are_measured_on_their_own_held_out_ones(model_folder, tokens_file, tmp_path, monkeypatch):
+    train_pythia.main(line(model_folder, tokens_file, tmp_path, "--tokens", 1500))
+    train_pythia.main(line(model_folder, tokens_file, tmp_path, "--tokens", 3000))
+    asked, read = [], evaluate.language_model_and_tokens
+
+    def noted(hp, *others, **more):
+        asked.append(hp.tokens)
+        return read(hp, *others, **more)
+
+    monkeypatch.setattr(evaluate, "language_model_and_tokens", noted)
+    evaluate.main(["quality", str(tmp_path), "--device", "cpu"])
+    assert sorted(asked) == [1500, 3000]
+
+
 def test_a_saved_sae_takes_raw_activations(model_folder, tokens_file, tmp_path):
     train_pythia.main(line(model_folder, tokens_file, tmp_path, "--tokens", 20_000, "--arch", "topk", "batchtopk"))
     stream = stream_of(np.fromfile(tokens_file, np.uint16))
@@ -320,6 +334,7 @@ def test_data_that_cannot_work_says_why(name, content, message, model_folder, tm
         (["--context", "65"], "--context 65: .* at most 64"),
         (["--tokens", "10"], "--tokens 10"),
         (["--tokens", "nan"], "--tokens nan"),
+        (["--batch-size", "501"], "--batch-size 501: give at most 500"),
         (["--k", "65"], "--k 65"),
     ],
 )
