@@ -721,9 +721,8 @@ def retry_after(reply):
     """Seconds that a server asks to wait, by number or date; 0 if it does not say."""
     value = reply.headers.get("Retry-After", "")
     try:
-        seconds = (
-            float(value) if re.fullmatch(r"[\d.]+", value) else parsedate_to_datetime(value).timestamp() - time.time()
-        )
+        number = re.fullmatch(r"[\d.]+", value)
+        seconds = float(value) if number else parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(0.0, seconds), LONGEST_WAIT)
@@ -792,10 +791,8 @@ def collect_windows(sae, model, layer, contexts, features, n_top, n_sampled, n_r
         acts = selected_acts(sae, model, layer, tokens, features)
         fired += (acts > 0).sum((0, 1))
         peaks, starts = acts[:, half : length - half].max(1)  # [B, n]; a window starts `half` before its peak
-        windows, words = (
-            acts.unfold(1, width, 1),
-            tokens.unfold(1, width, 1),
-        )  # [B, starts, n, width], [B, starts, width]
+        windows = acts.unfold(1, width, 1)  # [B, starts, n, width]
+        words = tokens.unfold(1, width, 1)  # [B, starts, width]
         rows = torch.arange(len(tokens), device=device)[:, None].expand(-1, n)
         uniform = torch.rand(peaks.shape, generator=generator).to(device)
         for name, key in (("top", peaks), ("sampled", uniform.log() / peaks.clamp(min=1e-30))):
@@ -822,11 +819,10 @@ class Kept:
 
     def __init__(self, size, n, width, device):
         self.size = size
-        self.state = [
-            torch.full((size, n), -torch.inf, device=device),
-            torch.zeros(size, n, dtype=torch.long, device=device),
-        ]
-        self.state += [torch.zeros(size, n, width, device=device, dtype=t) for t in (torch.float32, torch.long)]
+        key = torch.full((size, n), -torch.inf, device=device)
+        where = torch.zeros(size, n, dtype=torch.long, device=device)
+        acts, tokens = (torch.zeros(size, n, width, dtype=t, device=device) for t in (torch.float32, torch.long))
+        self.state = [key, where, acts, tokens]
 
     def add(self, *new):
         """key [m, n], context number [m, n], activations and token ids [m, n, width] of m more windows each."""
@@ -885,9 +881,8 @@ def parse_explanation(text):
     text = re.split(r"^\W*explanation\W*:", text, flags=re.IGNORECASE | re.MULTILINE)[-1]
     lines = [line.strip(" \t\"'*_") for line in text.splitlines() if not re.match(r"\s*(#|```)", line)]
     lines = [line for line in lines if re.search(r"\w", line) and not line.endswith(":")]
-    if not lines or re.match(
-        r"(i('m| am) sorry|sorry\b|i (can ?not|can't|am unable)|unable\b)", lines[0], re.IGNORECASE
-    ):
+    declines = r"(i('m| am) sorry|sorry\b|i (can ?not|can't|am unable)|unable\b)"
+    if not lines or re.match(declines, lines[0], re.IGNORECASE):
         return None
     return lines[0][:500]
 
@@ -900,9 +895,8 @@ def parse_numbers(text, n):
     """
     lines = [re.sub(r"[*_`\[\](){}\"']", "", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if re.search(r"\d|\bnone\b", line, re.IGNORECASE)]
-    lists = [
-        re.sub(r"^[\s•-]*((final )?answers?|excerpts?|numbers?)?\s*:?\s*", "", x, flags=re.IGNORECASE) for x in lines
-    ]
+    label = r"^[\s•-]*((final )?answers?|excerpts?|numbers?)?\s*:?\s*"
+    lists = [re.sub(label, "", line, flags=re.IGNORECASE) for line in lines]
     answer = ", ".join(lists) if all(re.fullmatch(r"\d+[.,;]?", line) for line in lists) else lists[0] if lists else ""
     if len(lists) > 1 and answer == lists[0]:
         return None
@@ -1155,11 +1149,8 @@ def plot_penalties(groups):
     panels = [(recovered.replace("_", " "), lambda g: measured(g, recovered))]
     panels += [("alive features", lambda g: g["figures"]["alive"])]
     panels += [("mean |cos| of decoder rows", lambda g: measured(g, "orthogonality", "mean"))]
-    for name, title in (
-        ("shared", "shared, of all"),
-        ("shared_alive", "shared, of alive"),
-        ("mean_max_cos_dec_alive", "max cos dec, of alive"),
-    ):
+    titles = {"shared": "shared, of all", "shared_alive": "shared, of alive"}
+    for name, title in (titles | {"mean_max_cos_dec_alive": "max cos dec, of alive"}).items():
         panels += [(title, lambda g, name=name: [pair[name] for pair in g["figures"]["pairs"]])]
     figure = Figure(figsize=(7, 6), layout="constrained")
     for axis, (title, values_of) in zip(figure.subplots(3, 2, sharex=True).T.flat, panels):

@@ -423,19 +423,9 @@ def correlation(rows, outcome, predictor="autointerp_score"):
         covariance, spread = sxy / n - sx * sy / n**2, sxx / n - (sx / n) ** 2
         slopes, rs = covariance / spread, covariance / np.sqrt(spread * (syy / n - (sy / n) ** 2))
         spread_of = {"slope_error_by_feature": np.nanstd(slopes), "z_error_by_feature": np.nanstd(np.arctanh(rs))}
-    result = {
-        "n": len(x),
-        "r": line.rvalue,
-        "p": line.pvalue,
-        "slope": line.slope,
-        "slope_error": line.stderr,
-        **spread_of,
-    }
-    result |= {"spearman": spearman.statistic, "spearman_p": spearman.pvalue}
-    result |= {
-        "r_interval": np.nanquantile(rs, [0.025, 0.975]),
-        "slope_interval": np.nanquantile(slopes, [0.025, 0.975]),
-    }
+    result = {"n": len(x), "r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
+    result |= {"spearman": spearman.statistic, "spearman_p": spearman.pvalue, **spread_of}
+    result |= {f"{name}_interval": np.nanquantile(v, [0.025, 0.975]) for name, v in (("r", rs), ("slope", slopes))}
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in result.items()}
 
 
@@ -511,13 +501,12 @@ def krippendorff_alpha(units):
 
 def agreement(rows):
     """Between judges: Krippendorff's alpha of the ratings and, for two, Cohen's kappa of success."""
-    units = [
-        [r for r in row[field].values() if r is not None] for row in rows for field in ("ratings", "ratings_control")
-    ]
-    names = sorted({name for row in rows for name in row["ratings"]})
+    rated = [row[field] for row in rows for field in ("ratings", "ratings_control")]
+    units = [[rating for rating in ratings.values() if rating is not None] for ratings in rated]
+    names = sorted({name for ratings in rated for name in ratings})
     result = {"krippendorff_alpha": krippendorff_alpha(units)} if len(names) > 1 else {}
     if len(names) == 2:
-        both = [[row[f].get(name) for name in names] for row in rows for f in ("ratings", "ratings_control")]
+        both = [[ratings.get(name) for name in names] for ratings in rated]
         both = [[rating >= SUCCESS for rating in pair] for pair in both if None not in pair]
         result["cohen_kappa"] = cohen_kappa(*zip(*both)) if both else None
     return result
@@ -530,12 +519,10 @@ def summarise(rows):
         some = [row for row in rows if row["strength"] == strength]
         entry = {"strength": strength, "texts": len(some), "features": len({row["feature"] for row in some})}
         entry["explained"] = len({row["feature"] for row in some if row["explanation"]})
-        for name in ("echo", "perplexity", "promoted"):
-            for kind in ("", "_control"):
-                entry[name + kind] = float(
-                    (np.median if name == "perplexity" else np.mean)([r[name + kind] for r in some])
-                )
-        entry["perplexity_original"] = float(np.median([row["perplexity_original"] for row in some]))
+        for name in ("echo", "echo_control", "promoted", "promoted_control"):
+            entry[name] = float(np.mean([row[name] for row in some]))
+        for name in ("perplexity", "perplexity_control", "perplexity_original"):
+            entry[name] = float(np.median([row[name] for row in some]))
         entry["echoes"] = rate_with_interval([echoes(row) for row in some])
         entry["echoes_control"] = rate_with_interval([echoes(row, "echo_control") for row in some])
         entry["success"] = rate_with_interval([success_of(row) for row in some])
@@ -562,11 +549,8 @@ def table(runs):
         for e in summary:
             cells = [label, f"{e['strength']:g}", str(e["features"])]
             for name in ("success", "success_control", "echoes", "echoes_control"):
-                cells.append(
-                    "-"
-                    if e[name]["rate"] is None
-                    else "{:.3f} [{:.3f}, {:.3f}]".format(e[name]["rate"], *e[name]["interval"])
-                )
+                rate, interval = e[name]["rate"], e[name]["interval"]
+                cells.append("-" if rate is None else "{:.3f} [{:.3f}, {:.3f}]".format(rate, *interval))
             cells += [f"{e['echo']:.3g}", f"{e['promoted']:.3f}", f"{e['promoted_control']:.3f}"]
             cells += [f"{e[name]:.0f}" for name in ("perplexity", "perplexity_control", "perplexity_original")]
             lines.append(tuple(cells))
@@ -609,9 +593,8 @@ def plot_scores(runs):
     left, right = figure.subplots(1, 2)
     edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
     for colour, (label, rows, summary) in enumerate(run for run in runs if run[2]):
-        rows = [
-            row for row in rows if row["strength"] == summary[0]["strength"] and row["autointerp_score"] is not None
-        ]
+        scored = [row for row in rows if row["autointerp_score"] is not None]
+        rows = [row for row in scored if row["strength"] == summary[0]["strength"]]
         outcome = success_of if summary[0]["success"]["n"] else echoes
         scores = {row["feature"]: row["autointerp_score"] for row in rows}
         left.hist(
@@ -672,13 +655,10 @@ def parse(argv):
     if not all(args.prompts):
         raise UsageError("--prompts: an empty one; give some text to go on from")
     if len(args.base_url) not in (1, len(args.judge)):
-        raise UsageError(
-            f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many"
-        )
+        counts = f"{len(args.base_url)} addresses for {len(args.judge)} judges"
+        raise UsageError(f"--base-url: {counts}; give one, or as many")
     if len(args.api_key_env) != len(args.base_url):
-        raise UsageError(
-            f"--api-key-env: give one variable for each of the {len(args.base_url)} addresses of --base-url"
-        )
+        raise UsageError(f"--api-key-env: give one variable for each of the {len(args.base_url)} of --base-url")
     if len(set(args.judge)) < len(args.judge):
         raise UsageError(f"--judge {' '.join(args.judge)}: the same name twice")
     return args
