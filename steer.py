@@ -727,7 +727,8 @@ def report(runs, out):
             comparisons.append(about | (result or {}))
             if result and result["chi_squared"]:
                 rates, p = result["rates"], result["chi_squared"]["p"]
-                said = f"{name_a} and {name_b}, strength {strength:g}: {rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, "
+                said = f"{name_a} and {name_b}, strength {strength:g}: "
+                said += f"{rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, "
                 said += f"by feature p = {result['permutation_p']:.2g}"
                 if "over_control" in result:
                     more = result["over_control"]["differences"]
