@@ -1027,16 +1027,15 @@ def choose_features(sae, args):
             raise UsageError("--shared: needs --among RUN..., the same configuration from other seeds")
         *_, wanted = describe(Path(args.run))
         others = [describe(folder) for folder in find_runs(args.among) if folder.resolve() != Path(args.run).resolve()]
-        saes = [sae, *(other for other, _, config in others if config == wanted)]
-        if len(saes) < 2 or len(saes) <= len(others):
+        if not others or any(config != wanted for *_, config in others):
             raise UsageError(f"--among: give runs of the configuration of {args.run}, and of no other")
+        saes = [sae, *(other for other, *_ in others)]
         partner = {(a, b): match_pair(saes[a], saes[b])[1] for a, b in itertools.combinations(range(len(saes)), 2)}
         number = ("never", "sometimes", "always").index(args.shared)
         among &= torch.from_numpy(sharedness(partner, len(saes))[0] == number)
     if not among.any():
-        raise UsageError(
-            f"{args.run}: no feature to choose from" + (f" is {args.shared} shared" if args.shared else "")
-        )
+        why = f" is {args.shared} shared" if args.shared else ""
+        raise UsageError(f"{args.run}: no feature to choose from{why}")
     return draw_features(among, args.n, args.seed)
 
 

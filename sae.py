@@ -893,7 +893,7 @@ def tune_cpu():
     # is several times slower. Set before the first parallel operation, so that every thread has it.
     torch.set_flush_denormal(True)
     # glibc hands a large block back to the system as soon as a tensor is freed, and the next step gets it again,
-    # page by page: a quarter of a TopK step. It shall keep what it has. (Other systems have no mallopt.)
+    # page by page: up to a quarter of a TopK step. It shall keep what it has. (Other systems have no mallopt.)
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
