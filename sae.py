@@ -35,6 +35,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -230,13 +231,8 @@ class SAE(nn.Module):
 
     def decode_prefixes(self, acts):
         """The reconstructions [B, d_in] by each nested prefix of the latents, the last being x_hat."""
-        if len(self.group_sizes) == 1:
-            return [self.decode(acts)]
-        x_hat, reconstructions = self.b_dec, []
-        for group_acts, group_W_dec in zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes)):
-            x_hat = x_hat + group_acts @ group_W_dec
-            reconstructions.append(x_hat)
-        return reconstructions
+        groups = zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes))
+        return [*accumulate((acts @ W_dec for acts, W_dec in groups), initial=self.b_dec)][1:]
 
     def decode(self, acts):
         """acts [B, d_sae] -> x_hat [B, d_in]"""
@@ -295,15 +291,17 @@ def sparse_pass(sae, x, k):
     """
     with torch.no_grad():
         pre_acts = F.linear(x - sae.b_dec, sae.W_enc.T, sae.b_enc)
+        # An entry is the number row * d_sae + latent
         entries = largest_of_rows(pre_acts, k) if sae.arch == "topk" else largest(pre_acts.flatten(), k * len(x))
-        entries = entries.sort().values  # row * d_sae + latent
     acts = pick(sae, x, pre_acts, entries).relu()
     rows, latents = entries // sae.d_sae, entries % sae.d_sae
     fired = torch.zeros(sae.d_sae, device=x.device).index_add_(0, latents, (acts > 0).float())
-    n_groups = len(sae.group_sizes)
-    groups = torch.searchsorted(sae.group_ends, latents, right=True) if n_groups > 1 else 0
-    by_group = weighted_sums(acts, latents, sae.W_dec, rows * n_groups + groups, len(x) * n_groups)
-    return pre_acts, acts, [*(by_group.view(len(x), n_groups, -1).cumsum(1) + sae.b_dec).unbind(1)], fired
+    # Matryoshka's groups make sums of their own, one block of rows each, and a prefix adds up the first of them
+    groups = torch.searchsorted(sae.group_ends, latents, right=True)
+    n_sums = len(sae.group_sizes) * len(x)
+    by_group = WeightedSums.apply(acts, latents, sae.W_dec, groups * len(x) + rows, n_sums).split(len(x))
+    prefixes = [*accumulate(by_group, initial=sae.b_dec)][1:]
+    return pre_acts, acts, prefixes, fired
 
 
 def largest_of_rows(pre_acts, k):
@@ -317,6 +315,26 @@ def weighted_sums(weights, sources, vectors, targets, n):
     targets, order = targets.sort()
     starts = torch.searchsorted(targets, torch.arange(n, device=targets.device))
     return F.embedding_bag(sources[order], vectors, starts, mode="sum", per_sample_weights=weights[order])
+
+
+class WeightedSums(torch.autograd.Function):
+    """weighted_sums with another backward pass: the entries of a source together, so that its vector is read once."""
+
+    @staticmethod
+    def forward(ctx, weights, sources, vectors, targets, n):
+        ctx.save_for_backward(weights, sources, vectors, targets)
+        return weighted_sums(weights, sources, vectors, targets, n)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weights, sources, vectors, targets = ctx.saved_tensors
+        # The gradient of the vectors is the same sum with sources and targets exchanged. That of weight e is the dot
+        # product of gradient[targets[e]] and vectors[sources[e]]: how (of_vectors * vectors).sum() depends on it.
+        with torch.enable_grad():
+            weights = weights.detach().requires_grad_()
+            of_vectors = weighted_sums(weights, targets, gradient, sources, len(vectors))
+        (of_weights,) = torch.autograd.grad(of_vectors, weights, vectors)
+        return of_weights, None, of_vectors.detach(), None, None
 
 
 def pick(sae, x, pre_acts, entries):
@@ -419,7 +437,7 @@ def auxiliary_loss(sae, x, pre_acts, residual, dead):
     candidates = torch.where(dead, pre_acts.detach(), 0)
     entries = largest_of_rows(candidates, max(1, min(sae.d_in // 2, sae.d_sae)))
     acts = pick(sae, x, candidates, entries).relu()
-    reconstruction = weighted_sums(acts, entries % sae.d_sae, sae.W_dec, entries // sae.d_sae, len(x))
+    reconstruction = WeightedSums.apply(acts, entries % sae.d_sae, sae.W_dec, entries // sae.d_sae, len(x))
     variance = squared_error(residual.mean(0), residual, "sum")
     return dead.any() * squared_error(reconstruction, residual, "sum") / variance.clamp(min=1e-12)
 

@@ -118,7 +118,7 @@ VARIANTS = {
 def steps():
     for arch in FAMILY:
         functions = {name: make(arch) for name, make in VARIANTS.items()}
-        found = medians({name: step for name, step in functions.items() if step})
+        found = medians({name: step for name, step in functions.items() if step}, rounds=5, n=4)
         for name, time_taken in found.items():
             ratios = f"{time_taken / found['sparse']:5.2f} of ours, {time_taken / found['floor']:5.2f} of the floor"
             print(f"step {arch:10} {name:20} {1e3 * time_taken:7.0f} ms  {ratios}", flush=True)
