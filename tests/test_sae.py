@@ -367,6 +367,20 @@ def test_the_log_tells_what_happened_in_its_step(monkeypatch):
         assert row["dead"] == (3 if step else 0)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_only_the_log_asks_the_device_for_a_value(arch, monkeypatch):
+    """On the meta device, where tensors have no values, whatever would wait for one raises an error."""
+    trainer = Trainer(small(arch, l2=0.1, unit_norm=arch == "topk", threshold_start=0, dead_after=5), data(), "meta")
+    trainer.device = torch.device("cpu")  # for autocast, which does not know meta
+    trainer.optimizer = torch.optim.Adam(trainer.optimizer.param_groups[0]["params"])  # nor does fused Adam
+    trainer.metrics.append({"dead": 1})  # so that the auxiliary loss takes part
+    for _ in range(2):
+        trainer.train_step(data().to("meta"))
+    monkeypatch.setattr(sae_module, "LOG_EVERY", 1)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        trainer.train_step(data().to("meta"))
+
+
 @pytest.mark.parametrize("l2", [0.0, 1e-6])
 def test_a_latent_that_never_fires_vanishes_under_the_penalty_alone(l2):
     hp = small("relu", l2=l2, steps=2000, warmup=0, decay=0.0)
