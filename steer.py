@@ -122,8 +122,10 @@ def read_back(model, layer, sae, prompt, texts, features, eos=None):
     with spliced(model, layer, keep):
         logits = model(input_ids=torch.cat([beginning, texts], 1), use_cache=False).logits
     loss = F.cross_entropy(logits[:, len(prompt) - 1 : -1].float().transpose(1, 2), texts, reduction="none")
-    acts = sae.encode(found[0][:, len(prompt) :].flatten(0, 1).float()).view(*texts.shape, -1)
-    acts = acts.gather(2, features[:, None, None].expand(-1, texts.shape[1], 1))[..., 0]
+    x, own = found[0][:, len(prompt) :].flatten(0, 1).float(), features.repeat_interleave(texts.shape[1])[:, None]
+    # All d_sae activations exist for a few thousand tokens at a time only
+    acts = torch.cat([sae.encode(a).gather(1, feature) for a, feature in zip(x.split(4096), own.split(4096))])
+    acts = acts.view(texts.shape)
     counted = before_end(texts, eos).float()
     n = counted.sum(1)
     return (acts * counted).sum(1) / n, ((loss * counted).sum(1) / n).exp()
