@@ -20,6 +20,7 @@ from sae import (
     RunError,
     Trainer,
     UsageError,
+    WeightedSums,
     annealed_k,
     batchtopk,
     fit,
@@ -164,6 +165,28 @@ def test_sparse_and_dense_training_stay_together_for_300_steps(arch, monkeypatch
         return torch.tensor([row["loss"] for row in trainer.metrics])
 
     assert torch.allclose(losses(dense=False), losses(dense=True), rtol=1e-3)
+
+
+def test_weighted_sums_and_their_gradients_are_those_of_a_dense_matrix():
+    """Sources and targets with several entries, with one and with none; numerical derivatives agree too."""
+    generator = torch.Generator().manual_seed(0)
+    sources, targets = (torch.randint(high, (12,), generator=generator) for high in (5, 4))
+    sources[sources == 2], targets[targets == 1] = 3, 0
+    weights, vectors = (torch.randn(*shape, generator=generator).double().requires_grad_() for shape in ((12,), (5, 3)))
+
+    def dense(weights, vectors):
+        return torch.zeros(6, 5).double().index_put((targets, sources), weights, accumulate=True) @ vectors
+
+    def ours(weights, vectors):
+        return WeightedSums.apply(weights, sources, vectors, targets, 6)
+
+    assert torch.allclose(ours(weights, vectors), dense(weights, vectors), atol=1e-12)
+    upstream = torch.randn(6, 3, generator=generator).double()
+    gradients, expected = (
+        torch.autograd.grad(f(weights, vectors), (weights, vectors), upstream) for f in (ours, dense)
+    )
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected))
+    assert torch.autograd.gradcheck(ours, (weights, vectors))
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
