@@ -134,6 +134,13 @@ def geometry(sae):
     return result | {"orthogonality": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": largest}}
 
 
+@torch.no_grad()
+def covariance(x):
+    """[d_in, d_in], of activations x [N, d_in]; training's outliers (norms above 10 times the median) left out."""
+    norm = x.norm(dim=1)
+    return x[norm <= 10 * norm.median()].cpu().double().T.cov().float()
+
+
 def unit_rows(W):
     return W / W.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
@@ -212,7 +219,9 @@ def cut_contexts(tokens, n_tokens, length, device):
 
 
 def measure_language_model_runs(folders, n_tokens, data, device):
-    """quality.json and firing.png for each run of train_pythia.py, on held-out tokens or those of `data`."""
+    """quality.json, covariance.npy and firing.png for each run of train_pythia.py, on held-out tokens or `data`."""
+    from train_pythia import residual_stream
+
     runs = [(folder, SAE.load(folder).to(device), read_run(folder)) for folder in folders]
     rows, baselines, at = [], {}, None
     for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
@@ -220,12 +229,22 @@ def measure_language_model_runs(folders, n_tokens, data, device):
             at = (hp.layer, *source(hp))
             model, _, tokens = language_model_and_tokens(hp, data, device, held_out=True)
             contexts = cut_contexts(tokens, n_tokens, hp.context, device)
+            x = torch.cat(
+                [residual_stream(model, part, hp.layer)[:, 1:].flatten(0, 1).float() for part in contexts[:4]]
+            )
         result, firing = language_model_quality(sae, model, hp.layer, contexts, baselines.get(at))
         baselines[at] = result["ce"], result["ce_zeroed"]
         write_json(folder / "quality.json", result)
+        save_covariance(x, folder)
         save_figure(plot_firing(firing, folder.name), folder / "firing.png")
         rows.append((folder.name, result))
     return rows
+
+
+def save_covariance(x, folder):
+    """covariance.npy, of activations x [N, d_in]: what data_metric needs."""
+    with replacing(make_folder(folder) / "covariance.npy") as path, open(path, "wb") as file:
+        np.save(file, covariance(x).numpy())
 
 
 def quality_table(rows):
@@ -252,9 +271,26 @@ def markdown(lines):
 # Which features recur across seeds
 
 
+def data_metric(folder, d_in):
+    """A matrix M [d_in, d_in]: the cosine of M w and M v is the correlation of w . x and v . x over the data x on which
+    the SAE of a run folder was measured. Raises UsageError.
+
+    Two encoders may do the same to all data there is and differ where there is none: training leaves what a column
+    starts with in such directions (the pixels that are never inked), and a penalty on the weights takes it away.
+    """
+    path = Path(folder) / "covariance.npy"
+    try:
+        values, vectors = np.linalg.eigh(np.load(path, allow_pickle=False).reshape(d_in, d_in))
+    except (OSError, ValueError, EOFError, np.linalg.LinAlgError) as error:
+        hint = "evaluate.py quality writes it for language models, train_mnist.py at its end"
+        raise UsageError(f"--on-data: {path} cannot be read ({type(error).__name__}); {hint}") from None
+    return torch.from_numpy(np.sqrt(values.clip(0))[:, None] * vectors.T)
+
+
 @torch.no_grad()
-def match_pair(a, b, threshold=0.7):
-    """Compare the features of two SAEs of one shape by |cosine|, for decoder and encoder.
+def match_pair(a, b, threshold=0.7, metric=None):
+    """Compare the features of two SAEs of one shape by |cosine|, for decoder and encoder; encoder columns are taken
+    times the matrix `metric`, if any (see data_metric).
 
     Returns a dict of figures, each over all features and over those alive, both directions averaged:
     mean_max_cos (mean of the best match), paired (share whose best match exceeds the threshold), shared (share
@@ -267,7 +303,8 @@ def match_pair(a, b, threshold=0.7):
         raise UsageError(f"SAEs of different shapes cannot be matched: {shapes}")
     alive_a, alive_b = (alive_by_weight(sae).nonzero().flatten().numpy() for sae in (a, b))
     counts, figures, matches, best_decoder = (len(alive_a), len(alive_b)), {}, {}, []
-    for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", lambda sae: sae.W_enc.T)):
+    metric = torch.eye(a.d_in) if metric is None else metric
+    for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", lambda sae: sae.W_enc.T @ metric.T)):
         cos = (unit_rows(weights(a)[alive_a]) @ unit_rows(weights(b)[alive_b]).T).abs()
         # Of each feature of a, of each feature of b
         best = [cos.amax(axis).numpy() if cos.numel() else np.zeros(cos.shape[1 - axis]) for axis in (1, 0)]
@@ -399,11 +436,11 @@ def sharedness(partner, n_seeds):
     return np.stack(classes)
 
 
-def consistency(saes, seeds, threshold=0.7, progress=None):
+def consistency(saes, seeds, threshold=0.7, progress=None, metric=None):
     """All pairs of seeds of one configuration: a dict as in the JSON file, and the pairs' best decoder matches."""
     pairs, partner, best = [], {}, []
     for a, b in itertools.combinations(range(len(saes)), 2):
-        figures, partner[a, b], best_ab = match_pair(saes[a], saes[b], threshold)
+        figures, partner[a, b], best_ab = match_pair(saes[a], saes[b], threshold, metric)
         pairs.append({"seeds": [seeds[a], seeds[b]]} | figures)
         best.append(best_ab)
         if progress is not None:
@@ -411,6 +448,7 @@ def consistency(saes, seeds, threshold=0.7, progress=None):
     classes = sharedness(partner, len(saes))
     alive = np.stack([alive_by_weight(sae).numpy() for sae in saes])
     result = {"seeds": list(seeds), "alive": alive.sum(1).tolist(), "d_sae": saes[0].d_sae, "pairs": pairs}
+    result["on_data"] = metric is not None
     for value, name in ((2, "always"), (1, "sometimes"), (0, "never")):
         of_alive = [((row == value) & a).sum() / max(a.sum(), 1) for row, a in zip(classes, alive)]
         result[f"{name}_shared"] = float((classes == value).mean())
@@ -480,9 +518,10 @@ def load_groups(folders):
     return list(groups.values())
 
 
-def compare_seeds(folders, threshold=0.7):
+def compare_seeds(folders, threshold=0.7, on_data=False):
     """Consistency of every configuration among the run folders that has two seeds or more: a list of dicts,
-    each with label, config, folders, saes, the figures of `consistency`, and the best matches. Raises UsageError."""
+    each with label, config, folders, saes, the figures of `consistency`, and the best matches. Raises UsageError.
+    With on_data, encoders are compared as data_metric has it."""
     groups = load_groups(folders)
     alone = [group for group in groups if len(group["saes"]) < 2]
     groups = [group for group in groups if len(group["saes"]) >= 2]
@@ -494,7 +533,8 @@ def compare_seeds(folders, threshold=0.7):
     n_pairs = sum(len(g["saes"]) * (len(g["saes"]) - 1) // 2 for g in groups)
     with tqdm(total=n_pairs, desc="matching seeds", unit="pair") as progress:
         for group in groups:
-            figures, best = consistency(group["saes"], group["seeds"], threshold, progress)
+            metric = data_metric(group["folders"][0], group["saes"][0].d_in) if on_data else None
+            figures, best = consistency(group["saes"], group["seeds"], threshold, progress, metric)
             group |= {"figures": figures, "best": best}
     return groups
 
@@ -1192,6 +1232,7 @@ def main(argv=None):
     seeds = commands.add_parser("seeds", help="consistency of features across seeds, grouped by configuration")
     seeds.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     seeds.add_argument("--threshold", type=float, default=0.7, help="cosine from which features are the same")
+    seeds.add_argument("--on-data", action="store_true", help="compare encoders by what they do, see data_metric")
     seeds.add_argument("--json", metavar="FILE", help="write the figures here, and two pictures beside it")
     measure = commands.add_parser("quality", help="reconstruction and loss recovered, of language-model runs")
     measure.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, or folders of them")
@@ -1256,7 +1297,9 @@ def main(argv=None):
         return
     if not 0 < args.threshold < 1:
         raise UsageError(f"--threshold {args.threshold}: a cosine between 0 and 1, such as 0.7")
-    groups = compare_seeds(find_runs(args.runs), args.threshold)
+    groups = compare_seeds(find_runs(args.runs), args.threshold, args.on_data)
+    if args.on_data:
+        print("cosines of encoders are correlations of their pre-activations over held-out data")
     print(consistency_table(groups))
     if args.json:
         write_consistency(groups, args.json)

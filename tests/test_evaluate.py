@@ -467,12 +467,58 @@ def test_quality_of_a_run_that_is_not_of_a_language_model_is_an_error(tmp_path):
         evaluate.main(["quality", str(tmp_path / "r")])
 
 
+# --- encoders compared by what they do to data
+
+
+def test_the_data_metric_makes_cosines_correlations_of_pre_activations(tmp_path):
+    x = torch.randn(400, 8) @ torch.randn(8, 8) + 5
+    x[:, 3] = 2  # a pixel that never changes
+    a, b = random_sae(seed=1), random_sae(seed=2)
+    evaluate.save_covariance(torch.cat([x, torch.full((1, 8), 1e6)]), tmp_path)  # with an outlier
+    metric = evaluate.data_metric(tmp_path, 8)
+    cos = torch.cosine_similarity((metric @ a.W_enc).T[:, None], (metric @ b.W_enc).T[None], dim=2)
+    seen = torch.cat([a.pre_acts(x), b.pre_acts(x)], 1).T.corrcoef()[:6, 6:]
+    assert torch.allclose(cos, seen, atol=1e-4)
+
+
+def test_encoders_that_differ_where_there_is_no_data_are_shared_on_data_alone(tmp_path):
+    x, a = torch.randn(400, 8), random_sae()
+    x[:, 5:] = 0
+    b = permuted(a, order_of(6))
+    with torch.no_grad():
+        b.W_enc[5:] += 10 * torch.randn(3, 6)
+    for seed, sae in enumerate((a, b)):
+        write_run(tmp_path / f"r_seed{seed}", sae, seed)
+        evaluate.save_covariance(x, tmp_path / f"r_seed{seed}")
+    (by_weight,), (on_data,) = (compare_seeds(find_runs([tmp_path]), on_data=value) for value in (False, True))
+    assert by_weight["figures"]["pairs"][0]["shared"] < 0.5
+    assert on_data["figures"]["pairs"][0]["shared"] == 1
+    assert [group["figures"]["on_data"] for group in (by_weight, on_data)] == [False, True]
+    for name in ("alive", "mean_max_cos_dec"):
+        values = [{**g["figures"], **g["figures"]["pairs"][0]}[name] for g in (by_weight, on_data)]
+        assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no array", "another width"])
+def test_on_data_without_a_covariance_says_where_it_comes_from(content, tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"r_seed{seed}", random_sae(seed=seed), seed)
+    if content == "another width":
+        evaluate.save_covariance(torch.randn(50, 7), tmp_path / "r_seed0")
+    elif content is not None:
+        (tmp_path / "r_seed0" / "covariance.npy").write_bytes(content)
+    with pytest.raises(UsageError, match=r"r_seed0/covariance\.npy cannot be read .*evaluate\.py quality writes it"):
+        evaluate.main(["seeds", str(tmp_path), "--on-data"])
+
+
 # --- report
 
 
 def test_the_report_joins_quality_and_consistency(run_folder, tmp_path, capsys):
     evaluate.main(["quality", str(run_folder[0]), str(run_folder[1]), "--tokens", "600", "--device", "cpu"])
     evaluate.main(["report", str(run_folder[0].parent), "--out", str(tmp_path / "report")])
+    evaluate.main(["seeds", str(run_folder[0].parent), "--on-data"])  # what quality wrote is enough
+    assert "correlations of their pre-activations" in capsys.readouterr().out
     results = [json.loads((folder / "quality.json").read_text()) for folder in run_folder]
     head, _, line = (tmp_path / "report" / "report.md").read_text().splitlines()
     cells = dict(zip(*([cell.strip() for cell in row.strip("|").split("|")] for row in (head, line))))

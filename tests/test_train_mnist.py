@@ -136,6 +136,7 @@ def test_the_command_trains_measures_draws_and_compares(tmp_path, capsys):
             "hparams.json",
             "metrics.jsonl",
             "quality.json",
+            "covariance.npy",
             "features.png",
         }
         assert {p.name for p in run.iterdir()} == wanted
