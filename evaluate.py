@@ -2,6 +2,7 @@
 
     python evaluate.py seeds runs/mnist                         every run in the folder, grouped by configuration
     python evaluate.py seeds a_seed0 a_seed1 --json shared.json   these two; table, JSON and two pictures
+    python evaluate.py seeds runs/mnist --on-data               encoders compared by what they do, not by their weights
     python evaluate.py quality runs/pythia                      what SAEs do to the language model they came from
     python evaluate.py report runs/pythia                       both in one table, and the curves against the penalty
 
@@ -275,8 +276,8 @@ def data_metric(folder, d_in):
     """A matrix M [d_in, d_in]: the cosine of M w and M v is the correlation of w . x and v . x over the data x on which
     the SAE of a run folder was measured. Raises UsageError.
 
-    Two encoders may do the same to all data there is and differ where there is none: training leaves what a column
-    starts with in such directions (the pixels that are never inked), and a penalty on the weights takes it away.
+    Two encoders may do the same to all data there is and differ where there is none: what initialisation and noise
+    leave in such directions (pixels that are hardly ever inked) no data contradicts, but a weight penalty removes it.
     """
     path = Path(folder) / "covariance.npy"
     try:
