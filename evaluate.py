@@ -157,6 +157,15 @@ def cross_entropy(model, contexts):
     return total / n
 
 
+def activations(model, layer, contexts):
+    """What SAEs are trained on: the residual stream of each [B, context] of contexts, [B * (context - 1), d_in] in
+    float32, first positions left out."""
+    from train_pythia import residual_stream
+
+    for tokens in contexts:
+        yield residual_stream(model, tokens, layer)[:, 1:].flatten(0, 1).float()
+
+
 def language_model_quality(sae, model, layer, contexts, baseline=None):
     """`quality` of an SAE on the residual stream, and what its reconstruction does to the language model.
 
@@ -164,7 +173,7 @@ def language_model_quality(sae, model, layer, contexts, baseline=None):
     ce_zeroed is the cross-entropy with zeros in place of the residual stream; loss_recovered is the share of the
     way from there to the model's own that the reconstruction keeps. `baseline` is (ce, ce_zeroed) if known.
     """
-    from train_pythia import residual_stream, spliced  # here, so that images need no transformers
+    from train_pythia import spliced  # here, so that images need no transformers
 
     def replaced(by):
         def replace(resid):
@@ -174,11 +183,8 @@ def language_model_quality(sae, model, layer, contexts, baseline=None):
         with spliced(model, layer, replace):
             return cross_entropy(model, contexts)
 
-    def activations():
-        for tokens in contexts:
-            yield from residual_stream(model, tokens, layer)[:, 1:].flatten(0, 1).float().split(4096)
-
-    result, _, firing = quality(sae, activations())
+    batches = itertools.chain.from_iterable(x.split(4096) for x in activations(model, layer, contexts))
+    result, _, firing = quality(sae, batches)
     result["ce"], result["ce_zeroed"] = baseline or (cross_entropy(model, contexts), replaced(torch.zeros_like))
     result["ce_reconstructed"] = replaced(lambda x: torch.cat([sae(part) for part in x.split(4096)]))
     lost = result["ce_reconstructed"] - result["ce"]
@@ -221,8 +227,6 @@ def cut_contexts(tokens, n_tokens, length, device):
 
 def measure_language_model_runs(folders, n_tokens, data, device):
     """quality.json, covariance.npy and firing.png for each run of train_pythia.py, on held-out tokens or `data`."""
-    from train_pythia import residual_stream
-
     runs = [(folder, SAE.load(folder).to(device), read_run(folder)) for folder in folders]
     rows, baselines, at = [], {}, None
     for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
@@ -230,22 +234,20 @@ def measure_language_model_runs(folders, n_tokens, data, device):
             at = (hp.layer, *source(hp))
             model, _, tokens = language_model_and_tokens(hp, data, device, held_out=True)
             contexts = cut_contexts(tokens, n_tokens, hp.context, device)
-            x = torch.cat(
-                [residual_stream(model, part, hp.layer)[:, 1:].flatten(0, 1).float() for part in contexts[:4]]
-            )
+            moments = covariance(torch.cat([*activations(model, hp.layer, contexts[:4])]))
         result, firing = language_model_quality(sae, model, hp.layer, contexts, baselines.get(at))
         baselines[at] = result["ce"], result["ce_zeroed"]
         write_json(folder / "quality.json", result)
-        save_covariance(x, folder)
+        save_covariance(moments, folder)
         save_figure(plot_firing(firing, folder.name), folder / "firing.png")
         rows.append((folder.name, result))
     return rows
 
 
-def save_covariance(x, folder):
-    """covariance.npy, of activations x [N, d_in]: what data_metric needs."""
+def save_covariance(moments, folder):
+    """covariance.npy, the [d_in, d_in] of `covariance`: what data_metric needs."""
     with replacing(make_folder(folder) / "covariance.npy") as path, open(path, "wb") as file:
-        np.save(file, covariance(x).numpy())
+        np.save(file, moments.numpy())
 
 
 def quality_table(rows):
@@ -304,8 +306,11 @@ def match_pair(a, b, threshold=0.7, metric=None):
         raise UsageError(f"SAEs of different shapes cannot be matched: {shapes}")
     alive_a, alive_b = (alive_by_weight(sae).nonzero().flatten().numpy() for sae in (a, b))
     counts, figures, matches, best_decoder = (len(alive_a), len(alive_b)), {}, {}, []
-    metric = torch.eye(a.d_in) if metric is None else metric
-    for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", lambda sae: sae.W_enc.T @ metric.T)):
+
+    def encoder(sae):
+        return sae.W_enc.T if metric is None else sae.W_enc.T @ metric.T
+
+    for name, weights in (("dec", lambda sae: sae.W_dec), ("enc", encoder)):
         cos = (unit_rows(weights(a)[alive_a]) @ unit_rows(weights(b)[alive_b]).T).abs()
         # Of each feature of a, of each feature of b
         best = [cos.amax(axis).numpy() if cos.numel() else np.zeros(cos.shape[1 - axis]) for axis in (1, 0)]

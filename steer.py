@@ -39,7 +39,7 @@ from sae import (
     stop_signal,
     write_json,
 )
-from train_pythia import residual_stream, spliced
+from train_pythia import spliced
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
 NEUTRAL = "From my experience,"  # the prompt of the two predictors
@@ -183,7 +183,7 @@ def predictors(model, layer, prompt, vectors, promoted):
 
 def measure_rms(model, layer, contexts):
     """The root mean square norm of the residual stream over contexts, a list of [B, context]; first positions apart."""
-    squares = [residual_stream(model, tokens, layer)[:, 1:].float().square().sum(2).flatten() for tokens in contexts]
+    squares = [x.square().sum(1) for x in evaluate.activations(model, layer, contexts)]
     return torch.cat(squares).mean().sqrt().item()
 
 

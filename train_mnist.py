@@ -200,7 +200,7 @@ def finish(trainer, folder, test_images):
     sae = trainer.sae.eval()
     result, mean_acts, _ = evaluate.quality(sae, test_images.split(1000))
     write_json(folder / "quality.json", result)
-    evaluate.save_covariance(test_images, folder)
+    evaluate.save_covariance(evaluate.covariance(test_images), folder)
     evaluate.save_figure(plot_features(sae, mean_acts), folder / "features.png")
     trainer.finish(folder, metadata)
     print(

@@ -474,7 +474,7 @@ def test_the_data_metric_makes_cosines_correlations_of_pre_activations(tmp_path)
     x = torch.randn(400, 8) @ torch.randn(8, 8) + 5
     x[:, 3] = 2  # a pixel that never changes
     a, b = random_sae(seed=1), random_sae(seed=2)
-    evaluate.save_covariance(torch.cat([x, torch.full((1, 8), 1e6)]), tmp_path)  # with an outlier
+    evaluate.save_covariance(evaluate.covariance(torch.cat([x, torch.full((1, 8), 1e6)])), tmp_path)  # with an outlier
     metric = evaluate.data_metric(tmp_path, 8)
     cos = torch.cosine_similarity((metric @ a.W_enc).T[:, None], (metric @ b.W_enc).T[None], dim=2)
     seen = torch.cat([a.pre_acts(x), b.pre_acts(x)], 1).T.corrcoef()[:6, 6:]
@@ -489,7 +489,7 @@ def test_encoders_that_differ_where_there_is_no_data_are_shared_on_data_alone(tm
         b.W_enc[5:] += 10 * torch.randn(3, 6)
     for seed, sae in enumerate((a, b)):
         write_run(tmp_path / f"r_seed{seed}", sae, seed)
-        evaluate.save_covariance(x, tmp_path / f"r_seed{seed}")
+        evaluate.save_covariance(evaluate.covariance(x), tmp_path / f"r_seed{seed}")
     (by_weight,), (on_data,) = (compare_seeds(find_runs([tmp_path]), on_data=value) for value in (False, True))
     assert by_weight["figures"]["pairs"][0]["shared"] < 0.5
     assert on_data["figures"]["pairs"][0]["shared"] == 1
@@ -504,7 +504,7 @@ def test_on_data_without_a_covariance_says_where_it_comes_from(content, tmp_path
     for seed in range(2):
         write_run(tmp_path / f"r_seed{seed}", random_sae(seed=seed), seed)
     if content == "another width":
-        evaluate.save_covariance(torch.randn(50, 7), tmp_path / "r_seed0")
+        evaluate.save_covariance(evaluate.covariance(torch.randn(50, 7)), tmp_path / "r_seed0")
     elif content is not None:
         (tmp_path / "r_seed0" / "covariance.npy").write_bytes(content)
     with pytest.raises(UsageError, match=r"r_seed0/covariance\.npy cannot be read .*evaluate\.py quality writes it"):
