@@ -8,14 +8,12 @@ feature's decoder direction added to the residual stream, and with a random dire
 what noise achieves). Without a judge that gives echo, perplexity and promoted tokens; a judge rates 1 to 5 whether
 the steered text is more related to the feature's explanation (see evaluate.py autointerp), 4 or 5 being success.
 Each run folder gets steering.json; --out the comparison of the runs and the figures. A reading order: `generate`,
-`read_back`, `steer_run`, `rate`, then the statistics.
+`read_back`, `steer_run`, `rate`, `compare`.
 """
 
-import argparse
 import itertools
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +24,16 @@ from scipy import stats
 from tqdm import tqdm
 
 import evaluate
-from sae import (
-    SAE,
-    Parser,
-    UsageError,
-    check_writable,
-    flag,
-    make_folder,
-    pick_device,
-    read_json,
-    run_command,
-    stop_signal,
-    write_json,
-)
+from sae import SAE, Parser, UserError, at_least, make_folder, pick_device, read_json, run_command, write_json
 from train_pythia import spliced
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
-NEUTRAL = "From my experience,"  # the prompt of the two predictors
-MODES = ("fixed", "rms", "preact")
 SUCCESS = 4  # a rating from which the steered text counts as more related
-RESAMPLES = 10_000  # of permutations and bootstraps
+RESAMPLES = 10_000  # of permutations
 
 
 # ---------------------------------------------------------------------------------------------------
-# Writing with a direction added
+# Generate
 
 
 @torch.no_grad()
@@ -105,7 +89,7 @@ def draws(seed, feature, prompt_number, steps):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Measures that need no judge
+# Read back: measures that need no judge
 
 
 @torch.no_grad()
@@ -151,112 +135,56 @@ def promoted_tokens(model, directions, k):
     return model.get_output_embeddings()(final_norm(model)(directions.to(weight.dtype))).topk(k, dim=1).indices
 
 
-@torch.no_grad()
-def output_score(logits, promoted):
-    """How far steering brings out what the feature promotes (arXiv:2505.20063): of its promoted tokens [n, k], the
-    highest probability in the steered logits [n, vocabulary], times 1 - (their best rank) / vocabulary. [n]"""
-    best = logits.gather(1, promoted).amax(1, keepdim=True)
-    rank = (logits > best).sum(1)
-    return logits.float().softmax(1).gather(1, promoted).amax(1) * (1 - rank / logits.shape[1])
-
-
-@torch.no_grad()
-def token_confidence(logits, k=10):
-    """Minus the mean log-probability of the k likeliest tokens: high where one of them takes all. [n]"""
-    return -logits.float().log_softmax(1).topk(k, dim=1).values.mean(1)
-
-
-@torch.no_grad()
-def predictors(model, layer, prompt, vectors, promoted):
-    """Two published predictors of steering, from one next-token distribution after a neutral prompt, steered at its
-    last position: the output score, and delta token confidence (arXiv:2510.03659), steered minus not. Each [n]."""
-    tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
-
-    def steer(resid):
-        return torch.cat([resid[:, :-1], resid[:, -1:] + vectors[:, None].to(resid.dtype)], 1)
-
-    with spliced(model, layer, steer):
-        steered = model(input_ids=tokens, use_cache=False).logits[:, -1]
-    plain = model(input_ids=tokens[:1], use_cache=False).logits[:, -1]
-    return output_score(steered, promoted), token_confidence(steered) - token_confidence(plain)
-
-
-def measure_rms(model, layer, contexts):
-    """The root mean square norm of the residual stream over contexts, a list of [B, context]; first positions apart."""
-    squares = [x.square().sum(1) for x in evaluate.activations(model, layer, contexts)]
-    return torch.cat(squares).mean().sqrt().item()
+def measure_rms(stream):
+    """The root mean square norm of the residual stream, where SAEs are trained on it."""
+    return torch.cat([x.square().sum(1) for x in stream]).mean().sqrt().item()
 
 
 # ---------------------------------------------------------------------------------------------------
 # One run: every feature, prompt and strength
 
 
-def steer_run(sae, model, tokenizer, layer, features, args, rms, scores, progress):
-    """All texts and measures of an SAE: the rows of steering.json, without ratings.
-
-    `scores` is {feature: (explanation, auto-interp score)}, either None where there is none.
-    """
-    device, rows = next(model.parameters()).device, []
+def steer_run(sae, model, tokenizer, layer, features, args, rms, progress):
+    """All texts and measures of an SAE: the rows of steering.json, without ratings."""
+    device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
     generator = torch.Generator().manual_seed(args.seed)
     noise = evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator)).to(device)
-    neutral = tokenizer(NEUTRAL)["input_ids"]
     for start in range(0, len(features), args.batch_size):
         some = torch.tensor(features[start : start + args.batch_size], device=device)
-        promoted = promoted_tokens(model, sae.W_dec[some], 20)
-        directions = {"steered": [], "control": []}  # for each strength, [n, d_in]
-        known = []  # for each strength, what does not depend on the prompt: columns of n values
-        for strength in args.strength:
-            vectors = steering_vectors(sae, some, args.mode, strength, rms)
-            works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
-            vectors = torch.where(works[:, None], vectors, 0.0)
-            directions["steered"].append(vectors)
-            directions["control"].append(noise[start : start + len(some)] * vectors.norm(dim=1, keepdim=True))
-            score, confidence = predictors(model, layer, neutral, vectors, promoted)
-            known.append({"works": works, "output_score": score, "delta_confidence": confidence})
-        for number in range(len(args.prompts)):
-            written = steer_prompt(sae, model, tokenizer, layer, some, number, directions, promoted[:, :10], args)
-            for strength, fixed, columns in zip(args.strength, known, written):
-                about = {"prompt": args.prompts[number], "strength": strength}
-                rows += rows_of({"feature": some} | fixed | columns, about)
+        random, promoted = noise[start : start + len(some)], promoted_tokens(model, sae.W_dec[some], 10)
+        for number, prompt in enumerate(args.prompts):
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            uniform = np.stack([draws(args.seed, feature, number, args.new_tokens) for feature in some.tolist()])
+            uniform = torch.from_numpy(uniform).to(device)
+
+            def write(vectors, ids=ids, uniform=uniform, some=some, promoted=promoted):
+                """What is written along vectors [n, d_in], and its measures: for each text a dict."""
+                texts = generate(model, layer, ids, vectors, uniform, args.temperature, args.top_p, args.steer_prompt)
+                acts, perplexity = read_back(model, layer, sae, ids, texts, some, eos)
+                counted = before_end(texts, eos)
+                said = torch.where(counted, texts, -1)[:, None]
+                share = (promoted[..., None] == said).any(2).float().mean(1)
+                strings = [tokenizer.decode(text[kept]) for text, kept in zip(texts, counted)]
+                names = ("text", "act", "perplexity", "promoted")
+                columns = (strings, acts.tolist(), perplexity.tolist(), share.tolist())
+                return [dict(zip(names, values)) for values in zip(*columns)]
+
+            originals = write(torch.zeros_like(random))
+            for strength in args.strength:
+                vectors = steering_vectors(sae, some, args.mode, strength, rms)
+                works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
+                vectors = torch.where(works[:, None], vectors, 0.0)
+                controls = write(random * vectors.norm(dim=1, keepdim=True))
+                texts = zip(some.tolist(), works, originals, write(vectors), controls)
+                for feature, _, original, steered, control in (entry for entry in texts if entry[1]):
+                    row = {"feature": feature, "prompt": prompt, "strength": strength}
+                    row |= {"original": original["text"], "perplexity_original": original["perplexity"]}
+                    for name, text, kind in (("steered", steered, ""), ("control", control, "_control")):
+                        row |= {name: text["text"], "echo" + kind: text["act"] - original["act"], "ratings" + kind: {}}
+                        row |= {"perplexity" + kind: text["perplexity"], "promoted" + kind: text["promoted"]}
+                    rows.append(row)
                 progress.update(len(some))
-    for row in rows:
-        row["explanation"], row["autointerp_score"] = scores.get(row["feature"], (None, None))
-        row |= {"ratings": {}, "ratings_control": {}}
     return rows
-
-
-def steer_prompt(sae, model, tokenizer, layer, features, number, directions, promoted, args):
-    """What is written after prompt `number`, unsteered and along each of `directions` [n, d_in] (for each strength a
-    steered and a control one), and its measures: for each strength a dict of columns, a value for each feature [n]."""
-    ids, eos = tokenizer(args.prompts[number], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    uniform = np.stack([draws(args.seed, feature, number, args.new_tokens) for feature in features.tolist()])
-    options = (torch.from_numpy(uniform).to(features.device), args.temperature, args.top_p, args.steer_prompt)
-
-    def write(vectors):
-        text = generate(model, layer, ids, vectors, *options)
-        return text, *read_back(model, layer, sae, ids, text, features, eos)
-
-    original, act, perplexity = write(torch.zeros_like(directions["steered"][0]))
-    for steered, control in zip(directions["steered"], directions["control"]):
-        columns = {"original": decoded(tokenizer, original, eos), "perplexity_original": perplexity}
-        for name, vectors, kind in (("steered", steered, ""), ("control", control, "_control")):
-            text, act_steered, columns["perplexity" + kind] = write(vectors)
-            columns[name], columns["echo" + kind] = decoded(tokenizer, text, eos), act_steered - act
-            said = torch.where(before_end(text, eos), text, -1)[:, None]
-            columns["promoted" + kind] = (promoted[..., None] == said).any(2).float().mean(1)
-        yield columns
-
-
-def rows_of(columns, about):
-    """Columns, tensors or lists of n values, as n dicts, each with what they all share; of those that `works` marks."""
-    lists = {name: values if isinstance(values, list) else values.tolist() for name, values in columns.items()}
-    rows = [dict(zip(lists, values)) | about for values in zip(*lists.values())]
-    return [row for row in rows if row.pop("works")]
-
-
-def decoded(tokenizer, texts, eos):
-    """Token ids [n, steps] as strings, up to the end of text."""
-    return [tokenizer.decode(text[kept]) for text, kept in zip(texts, before_end(texts, eos))]
 
 
 def choose(sae, folder, args):
@@ -266,7 +194,7 @@ def choose(sae, folder, args):
     if path.exists():
         found = read_json(path)
         if found.get("sae") != evaluate.fingerprint(folder):
-            raise UsageError(f"{path}: is of another SAE than the one in its folder: delete it, or repeat autointerp")
+            raise UserError(f"{path}: is of another SAE than the one in its folder: repeat evaluate.py autointerp")
         scores = {row["feature"]: (row["explanation"], row["score"]) for row in found["features"]}
     if not features:
         among = evaluate.alive_by_weight(sae)
@@ -278,7 +206,7 @@ def choose(sae, folder, args):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The judge
+# Rate: the judge
 
 RATE = """\
 A language model was steered towards something, which somebody describes so: {explanation}
@@ -293,11 +221,9 @@ END DATA"""
 
 
 def parse_rating(text):
-    """A rating from 1 to 5, alone on the only line with a number: "4", "Rating: 4/5", "4 out of 5."; else None."""
-    lines = [re.sub(r"[*_`\"']", "", line).strip() for line in text.splitlines() if re.search(r"\d", line)]
-    form = r"(?:(?:the )?(?:rating|answer|score)(?: is)?\s*[:=]?\s*)?([1-5])(?:\s*(?:/|out of)\s*5)?\.?"
-    found = re.fullmatch(form, lines[0], re.IGNORECASE) if len(lines) == 1 else None
-    return int(found.group(1)) if found else None
+    """A rating from 1 to 5, alone on the last line; else None."""
+    line = evaluate.last_line(text).rstrip(".")
+    return int(line) if line in ("1", "2", "3", "4", "5") else None
 
 
 def rating_question(row, name, swap):
@@ -340,7 +266,7 @@ def rate(rows, judges, args):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Statistics
+# Compare
 
 
 def success_of(row, field="ratings"):
@@ -354,23 +280,13 @@ def echoes(row, name="echo"):
     return float(row[name] > 0)
 
 
-def wilson(successes, n, z=1.96):
-    """The 95% Wilson interval of a rate."""
-    if n == 0:
-        return None
-    rate, square = successes / n, z * z / n
-    middle, half = rate + square / 2, z * (rate * (1 - rate) / n + square / (4 * n)) ** 0.5
-    return [max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))]
-
-
 def rate_with_interval(values):
-    """A rate of 1.0 and 0.0 values, without the Nones: {"rate", "interval", "n"}."""
+    """A rate of 1.0 and 0.0 values, without the Nones, with its 95% Wilson interval: {"rate", "interval", "n"}."""
     values = [value for value in values if value is not None]
-    return {
-        "rate": float(np.mean(values)) if values else None,
-        "interval": wilson(sum(values), len(values)),
-        "n": len(values),
-    }
+    if not values:
+        return {"rate": None, "interval": None, "n": 0}
+    found = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+    return {"rate": float(np.mean(values)), "interval": [found.low, found.high], "n": len(values)}
 
 
 def over_control(outcome):
@@ -385,50 +301,56 @@ def over_control(outcome):
 
 
 def by_feature(rows, outcome):
-    """{feature: list of outcomes}: the texts of a feature are not independent, its features are."""
+    """{feature: mean outcome of its texts}: those are not independent, but features are."""
     found = {}
     for row in rows:
         if outcome(row) is not None:
             found.setdefault(row["feature"], []).append(outcome(row))
-    return found
+    return {feature: float(np.mean(values)) for feature, values in found.items()}
 
 
-def permutation_test(a, b, generator):
-    """p of the difference of two settings' mean rates, each {feature: outcomes}, when features change places."""
-    means = np.array([np.mean(values) for values in (*a.values(), *b.values())])
-    labels = np.arange(len(means)) < len(a)
+def permutation_test(a, b):
+    """p of the difference of two settings' means over features, each {feature: value}, when features change places."""
 
-    def difference(labels):
-        return abs(means[labels].mean() - means[~labels].mean())
+    def difference(a, b, axis=-1):
+        return a.mean(axis) - b.mean(axis)
 
-    seen = difference(labels)
-    as_far = sum(difference(generator.permutation(labels)) >= seen - 1e-12 for _ in range(RESAMPLES))
-    return (1 + as_far) / (1 + RESAMPLES)
+    values = [np.array([*means.values()]) for means in (a, b)]
+    if np.ptp(np.concatenate(values)) == 0:
+        return 1.0
+    found = stats.permutation_test(
+        values, difference, n_resamples=RESAMPLES, batch=1000, vectorized=True, random_state=np.random.default_rng(0)
+    )
+    return float(found.pvalue)
 
 
-def correlation(rows, outcome, predictor="autointerp_score"):
-    """How a predictor goes with an outcome of texts: point-biserial and Spearman correlation with p, the slope of the
-    outcome on it with its error, and 95% bootstrap intervals over features. None where there is no spread."""
-    pairs = [(row["feature"], row[predictor], outcome(row)) for row in rows]
-    pairs = [pair for pair in pairs if pair[1] is not None and pair[2] is not None]
-    features, x, y = (np.array(column, dtype=float) for column in zip(*pairs)) if len(pairs) > 2 else ([], [], [])
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+def line_through(x, y):
+    """{n, r, p, interval (95%), slope, slope_error} of y over x; None where there is no spread."""
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    line, spearman = stats.linregress(x, y), stats.spearmanr(x, y)
-    # Sums over a feature's texts are all that r and slope need, so a bootstrap draw is one product
-    _, place = np.unique(features, return_inverse=True)
-    sums = np.stack([np.bincount(place, column) for column in (np.ones(len(x)), x, y, x * x, x * y, y * y)], 1)
-    generator = np.random.default_rng(0)
-    times = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES // 5)
-    n, sx, sy, sxx, sxy, syy = (times @ sums).T
-    with np.errstate(invalid="ignore", divide="ignore"):
-        covariance, spread = sxy / n - sx * sy / n**2, sxx / n - (sx / n) ** 2
-        slopes, rs = covariance / spread, covariance / np.sqrt(spread * (syy / n - (sy / n) ** 2))
-        spread_of = {"slope_error_by_feature": np.nanstd(slopes), "z_error_by_feature": np.nanstd(np.arctanh(rs))}
-    result = {"n": len(x), "r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
-    result |= {"spearman": spearman.statistic, "spearman_p": spearman.pvalue, **spread_of}
-    result |= {f"{name}_interval": np.nanquantile(v, [0.025, 0.975]) for name, v in (("r", rs), ("slope", slopes))}
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in result.items()}
+    line, found = stats.linregress(x, y), stats.pearsonr(x, y)
+    result = {
+        "n": len(x),
+        "r": line.rvalue,
+        "p": line.pvalue,
+        "interval": [float(end) for end in found.confidence_interval(0.95)],
+    }
+    result |= {"slope": line.slope, "slope_error": line.stderr}
+    return {name: value if name in ("n", "interval") else float(value) for name, value in result.items()}
+
+
+def correlation(rows, outcome):
+    """How auto-interp scores go with an outcome: point-biserial r over texts, as the study has it, with Spearman's; and
+    by_feature, over features with the means of their texts, which are independent. None where there is no spread."""
+    rows = [row for row in rows if row["autointerp_score"] is not None and outcome(row) is not None]
+    scores, values = [row["autointerp_score"] for row in rows], [outcome(row) for row in rows]
+    found = line_through(scores, values)
+    if found is None:
+        return None
+    spearman, means = stats.spearmanr(scores, values), by_feature(rows, outcome)
+    score_of = {row["feature"]: row["autointerp_score"] for row in rows}
+    found |= {"spearman": float(spearman.statistic), "spearman_p": float(spearman.pvalue)}
+    return found | {"by_feature": line_through([score_of[feature] for feature in means], [*means.values()])}
 
 
 def z_test(difference, error):
@@ -439,47 +361,40 @@ def z_test(difference, error):
     return {"z": float(z), "p": float(2 * stats.norm.sf(abs(z)))}
 
 
+def lines_differ(first, second):
+    """Whether two of line_through have other correlations (Fisher's z) and other slopes: each {"z", "p"}."""
+    if not (first and second) or max(abs(first["r"]), abs(second["r"])) >= 1:
+        return None
+    apart = np.arctanh(second["r"]) - np.arctanh(first["r"])
+    steeper, errors = second["slope"] - first["slope"], (first["slope_error"], second["slope_error"])
+    correlations = z_test(apart, sum(1 / (line["n"] - 3) for line in (first, second)) ** 0.5)
+    return {"correlations": correlations, "slopes": z_test(steeper, np.hypot(*errors))}
+
+
 def compare(a, b, outcome):
     """Two settings' rows at one strength: do their rates, and their correlations with auto-interp scores, differ?
 
     chi_squared is over texts (Yates' correction, as the study has it), permutation over features. over_control: the
     same of what each setting achieves beyond random directions, since those may differ between settings too.
     """
-    features_a, features_b = by_feature(a, outcome), by_feature(b, outcome)
-    values = [list(itertools.chain.from_iterable(found.values())) for found in (features_a, features_b)]
+    values = [[outcome(row) for row in rows if outcome(row) is not None] for rows in (a, b)]
     if not all(values):
         return None
-    table = np.array([[sum(v), len(v) - sum(v)] for v in values])
-    tested = table.sum(0).all()
-    chi = stats.chi2_contingency(table) if tested else None
-    result = {"rates": [float(np.mean(v)) for v in values], "n": [len(v) for v in values]}
-    result["chi_squared"] = {"statistic": float(chi.statistic), "p": float(chi.pvalue)} if tested else None
-    result["permutation_p"] = permutation_test(features_a, features_b, np.random.default_rng(0)) if tested else None
+    counts = np.array([[sum(v), len(v) - sum(v)] for v in values])
+    result = {"rates": [float(np.mean(v)) for v in values], "n": [len(v) for v in values], "chi_squared": None}
+    if counts.sum(0).all():
+        chi = stats.chi2_contingency(counts)
+        result["chi_squared"] = {"statistic": float(chi.statistic), "p": float(chi.pvalue)}
+    result["permutation_p"] = permutation_test(by_feature(a, outcome), by_feature(b, outcome))
     excess = [by_feature(rows, over_control(outcome)) for rows in (a, b)]
     if all(excess):
-        means = [float(np.mean(list(itertools.chain.from_iterable(found.values())))) for found in excess]
-        p = permutation_test(*excess, np.random.default_rng(0))
-        result["over_control"] = {"differences": means, "permutation_p": p}
-    first, second = correlation(a, outcome), correlation(b, outcome)
-    result["correlations"] = [first, second]
-    if first and second and min(first["n"], second["n"]) > 3 and max(abs(first["r"]), abs(second["r"])) < 1:
-        # As the study tests it, over texts; and over features, with the errors of the bootstrap
-        apart = np.arctanh(second["r"]) - np.arctanh(first["r"])
-        result["correlations_differ"] = z_test(apart, (1 / (first["n"] - 3) + 1 / (second["n"] - 3)) ** 0.5)
-        steeper = second["slope"] - first["slope"]
-        result["slopes_differ"] = z_test(steeper, np.hypot(first["slope_error"], second["slope_error"]))
-        for name, value, error in (("correlations", apart, "z_error"), ("slopes", steeper, "slope_error")):
-            errors = [found[f"{error}_by_feature"] for found in (first, second)]
-            result[f"{name}_differ_by_feature"] = z_test(value, np.hypot(*errors))
+        means = [float(np.mean([*found.values()])) for found in excess]
+        result["over_control"] = {"differences": means, "permutation_p": permutation_test(*excess)}
+    first, second = result["correlations"] = [correlation(rows, outcome) for rows in (a, b)]
+    if first and second:
+        result["differ"] = lines_differ(first, second)
+        result["differ_by_feature"] = lines_differ(first["by_feature"], second["by_feature"])
     return result
-
-
-def cohen_kappa(a, b):
-    """Agreement of two lists of labels beyond chance: 1 whole, 0 chance. None where chance agrees wholly."""
-    labels = sorted({*a, *b})
-    seen = np.mean([x == y for x, y in zip(a, b)])
-    chance = sum((list(a).count(label) / len(a)) * (list(b).count(label) / len(b)) for label in labels)
-    return float((seen - chance) / (1 - chance)) if chance < 1 else None
 
 
 def krippendorff_alpha(units):
@@ -502,16 +417,10 @@ def krippendorff_alpha(units):
 
 
 def agreement(rows):
-    """Between judges: Krippendorff's alpha of the ratings and, for two, Cohen's kappa of success."""
+    """Krippendorff's alpha of all ratings, where there are several judges."""
     rated = [row[field] for row in rows for field in ("ratings", "ratings_control")]
     units = [[rating for rating in ratings.values() if rating is not None] for ratings in rated]
-    names = sorted({name for ratings in rated for name in ratings})
-    result = {"krippendorff_alpha": krippendorff_alpha(units)} if len(names) > 1 else {}
-    if len(names) == 2:
-        both = [[ratings.get(name) for name in names] for ratings in rated]
-        both = [[rating >= SUCCESS for rating in pair] for pair in both if None not in pair]
-        result["cohen_kappa"] = cohen_kappa(*zip(*both)) if both else None
-    return result
+    return {"krippendorff_alpha": krippendorff_alpha(units)} if any(len(ratings) > 1 for ratings in rated) else {}
 
 
 def summarise(rows):
@@ -533,8 +442,7 @@ def summarise(rows):
         counted = [success_of(row) if row["explanation"] else 0.0 for row in some]
         entry["success_of_all"] = rate_with_interval(counted if entry["success"]["n"] else [])
         outcome = success_of if entry["success"]["n"] else echoes
-        names = ("autointerp_score", "output_score", "delta_confidence")
-        entry["predictors"] = {name: correlation(some, outcome, name) for name in names}
+        entry["autointerp_correlation"] = correlation(some, outcome)
         result.append(entry | {"agreement": agreement(some)})
     return result
 
@@ -583,8 +491,7 @@ def plot_rates(runs):
     ticks = [2**n for n in range(-2, 12) if right.get_xlim()[0] <= 2**n <= right.get_xlim()[1]]
     right.set_xticks(ticks, map(str, ticks))
     right.minorticks_off()
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    evaluate.plain(left, right)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure
 
@@ -599,9 +506,8 @@ def plot_scores(runs):
         rows = [row for row in scored if row["strength"] == summary[0]["strength"]]
         outcome = success_of if summary[0]["success"]["n"] else echoes
         scores = {row["feature"]: row["autointerp_score"] for row in rows}
-        left.hist(
-            list(scores.values()), bins=(np.arange(16) - 0.5) / 14, histtype="step", color=f"C{colour}", label=label
-        )
+        bins = (np.arange(16) - 0.5) / 14
+        left.hist(list(scores.values()), bins=bins, histtype="step", color=f"C{colour}", label=label)
         place = np.digitize([row["autointerp_score"] for row in rows], edges) - 1
         for number in range(len(edges) - 1):
             found = rate_with_interval([outcome(row) for row, at in zip(rows, place) if at == number])
@@ -611,109 +517,9 @@ def plot_scores(runs):
     left.set(xlabel="auto-interp score", ylabel="features")
     right.set(xlabel="auto-interp score", ylabel="success rate", ylim=(0, None))
     right.set_xticks(range(5), ["<0.6", "0.6", "0.7", "0.8", "0.9-1"])
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    evaluate.plain(left, right)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", fontsize=8, frameon=False)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, the settings to compare")
-    add("--strength", nargs="+", type=float, default=[5.0])
-    add("--mode", default="fixed", help="of strength: fixed, rms (times the residual's norm) or preact (see the docs)")
-    add("--n", type=int, default=300, help="features, those of autointerp.json or random alive ones")
-    add("--features", type=int, nargs="+", help="these features instead")
-    add("--prompts", nargs="+", default=list(PROMPTS))
-    add("--new-tokens", type=int, default=30)
-    add("--temperature", type=float, default=0.7, help="0 for the likeliest token always")
-    add("--top-p", type=float, default=0.9)
-    add("--steer-prompt", action="store_true", help="steer at the prompt's positions too")
-    add("--seed", type=int, default=0, help="of random draws, features and control directions")
-    add("--base-url", nargs="+", default=["http://localhost:8000/v1"], metavar="URL", help="one, or one for each judge")
-    add("--judge", nargs="+", default=[], metavar="NAME", help="models that rate; none: measures without a judge")
-    keys = "where the key is, if one is needed; one for each address"
-    add("--api-key-env", nargs="+", default=["OPENAI_API_KEY"], metavar="VARIABLE", help=keys)
-    add("--fixed-order", action="store_true", help="show the unsteered text first always, as the study did")
-    add("--concurrency", type=int, default=16, help="requests in flight")
-    add("--dry-run", action="store_true", help="steer, then print what judges would be asked, and send nothing")
-    add("--batch-size", type=int, default=256, help="texts generated together")
-    add("--out", default="steering", metavar="DIR", help="where the comparison and figures go")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
-    args.strength, args.prompts = (list(dict.fromkeys(values)) for values in (args.strength, args.prompts))
-    if args.mode not in MODES:
-        raise UsageError(f"--mode {args.mode}: choose from {', '.join(MODES)}")
-    for name in ("n", "new_tokens", "concurrency", "batch_size", "top_p"):
-        if getattr(args, name) <= 0:
-            raise UsageError(f"{flag(name)} {getattr(args, name)}: give a number above 0")
-    if args.temperature < 0 or args.seed < 0 or not all(map(np.isfinite, args.strength)):
-        raise UsageError(f"--temperature {args.temperature} --seed {args.seed}: give 0 or above, and finite --strength")
-    if not all(args.prompts):
-        raise UsageError("--prompts: an empty one; give some text to go on from")
-    if len(args.base_url) not in (1, len(args.judge)):
-        counts = f"{len(args.base_url)} addresses for {len(args.judge)} judges"
-        raise UsageError(f"--base-url: {counts}; give one, or as many")
-    if len(args.api_key_env) != len(args.base_url):
-        raise UsageError(f"--api-key-env: give one variable for each of the {len(args.base_url)} of --base-url")
-    if len(set(args.judge)) < len(args.judge):
-        raise UsageError(f"--judge {' '.join(args.judge)}: the same name twice")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    device, found = pick_device(args.device), []
-    check_writable(args.out, "--out")
-    for folder in evaluate.find_runs(args.runs):
-        sae = SAE.load(folder)
-        found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
-    if not args.judge:
-        print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
-    at, runs = None, []
-    for folder, hp, sae, features, scores in found:
-        if at != evaluate.source(hp):
-            model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, None, device, held_out=True)
-            at = evaluate.source(hp)
-        rms = measure_rms(model, hp.layer, evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device))
-        total = len(features) * len(args.prompts) * len(args.strength)
-        with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
-            rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, scores, progress)
-        if lost := len(features) - len({row["feature"] for row in rows}):
-            print(
-                f"note: {lost} features of {folder} are left out: their encoder does not see their decoder's direction"
-            )
-        if not any(row["explanation"] for row in rows):
-            print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
-        if args.dry_run:
-            prompts = [question[2] for question in rating_questions(rows, args)]
-            cost = len(args.judge) * (sum(map(len, prompts)) // 4 + 5 * len(prompts))
-            print(f"{len(args.judge) * len(prompts)} requests, about {cost:,} tokens. The first two:")
-            print("\n\n---\n\n".join(prompts[:2]))
-            continue
-        servers = list(zip(args.base_url, args.api_key_env)) * (len(args.judge) if len(args.base_url) == 1 else 1)
-        with stop_signal() as stop:
-            judges = [
-                evaluate.Judge(url, judge, folder / "answers.jsonl", os.environ.get(variable, ""), stop)
-                for judge, (url, variable) in zip(args.judge, servers)
-            ]
-            rate(rows, judges, args)
-        names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed")
-        settings = {name: getattr(args, name) for name in (*names, "judge", "fixed_order")} | {"rms": rms}
-        summary = summarise(rows)
-        write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
-        runs.append((folder, hp, rows, summary))
-    if runs:
-        names = evaluate.varying([{"config": vars(hp)} for _, hp, *_ in runs])
-        labels = [evaluate.short_label(vars(hp), names) for _, hp, *_ in runs]
-        if len(set(labels)) < len(labels) or not all(labels):  # equal settings: only the folders tell them apart
-            labels = [str(folder) for folder, *_ in runs]
-        report([(label, *run[2:]) for label, run in zip(labels, runs)], make_folder(args.out))
 
 
 def report(runs, out):
@@ -741,6 +547,91 @@ def report(runs, out):
     evaluate.save_figure(plot_rates(runs), out / "rates.png")
     if any(row["autointerp_score"] is not None for _, rows, _ in runs for row in rows):
         evaluate.save_figure(plot_scores(runs), out / "scores.png")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, the settings to compare")
+    add("--strength", nargs="+", type=float, default=[5.0])
+    modes = "of strength: a length, times the residual stream's norm, or a rise of the feature's own pre-activation"
+    add("--mode", default="fixed", choices=("fixed", "rms", "preact"), help=modes)
+    add("--n", type=at_least(1), default=300, help="features, those of autointerp.json or random alive ones")
+    add("--features", type=int, nargs="+", help="these features instead")
+    add("--prompts", nargs="+", default=list(PROMPTS))
+    add("--new-tokens", type=at_least(1), default=30)
+    add("--temperature", type=at_least(0, float), default=0.7, help="0 for the likeliest token always")
+    add("--top-p", type=at_least(1e-9, float), default=0.9)
+    add("--steer-prompt", action="store_true", help="steer at the prompt's positions too")
+    add("--seed", type=at_least(0), default=0, help="of random draws, features and control directions")
+    evaluate.add_judge_flags(add, several="+")
+    add("--fixed-order", action="store_true", help="show the unsteered text first always, as the study did")
+    add("--batch-size", type=at_least(1), default=256, help="texts generated together")
+    add("--out", default="steering", metavar="DIR", help="where the comparison and figures go")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    args.strength, args.prompts = (list(dict.fromkeys(values)) for values in (args.strength, args.prompts))
+    if not np.isfinite(args.strength).all():
+        parser.error("--strength: give finite numbers")
+    if not all(args.prompts):
+        parser.error("--prompts: an empty one; give some text to go on from")
+    if len(args.base_url) not in (1, len(args.judge)):
+        parser.error(f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many")
+    if len(args.api_key_env) != len(args.base_url):
+        parser.error(f"--api-key-env: give one variable for each of the {len(args.base_url)} of --base-url")
+    if len(set(args.judge)) < len(args.judge):
+        parser.error(f"--judge {' '.join(args.judge)}: the same name twice")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, found = pick_device(args.device), []
+    for folder in evaluate.find_runs(args.runs):
+        sae = SAE.load(folder)
+        found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
+    out = make_folder(args.out)
+    if not args.judge:
+        print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
+    at, runs = None, []
+    for folder, hp, sae, features, scores in found:
+        if at != evaluate.source(hp):
+            model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, device)
+            at = evaluate.source(hp)
+        contexts = evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device)
+        rms = measure_rms(evaluate.Stream(model, hp.layer, contexts))
+        total = len(features) * len(args.prompts) * len(args.strength)
+        with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
+            rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, progress)
+        for row in rows:
+            row["explanation"], row["autointerp_score"] = scores.get(row["feature"], (None, None))
+        if lost := len(features) - len({row["feature"] for row in rows}):
+            print(f"note: {lost} features of {folder} are left out: their encoder does not see their decoder")
+        if not any(row["explanation"] for row in rows):
+            print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
+        rate(rows, open_judges(args, folder / "answers.jsonl"), args)
+        names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed", "judge")
+        settings = {name: getattr(args, name) for name in (*names, "judge_options", "fixed_order")} | {"rms": rms}
+        summary = summarise(rows)
+        write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
+        runs.append(({"config": vars(hp), "folder": folder}, rows, summary))
+    names = evaluate.varying([group for group, *_ in runs])
+    labels = [evaluate.words(group["config"], names, group["config"]["length"]) for group, *_ in runs]
+    if len(set(labels)) < len(labels):  # equal settings: only the folders tell them apart
+        labels = [str(group["folder"]) for group, *_ in runs]
+    report([(label, *run[1:]) for label, run in zip(labels, runs)], out)
+
+
+def open_judges(args, cache):
+    """A Judge for each of --judge, at its own --base-url or the one they share."""
+    servers = list(zip(args.base_url, args.api_key_env)) * (len(args.judge) if len(args.base_url) == 1 else 1)
+    options = (args.judge_options, args.concurrency)
+    named = zip(args.judge, servers)
+    return [evaluate.Judge(url, name, cache, os.environ.get(key, ""), *options) for name, (url, key) in named]
 
 
 if __name__ == "__main__":

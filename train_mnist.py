@@ -9,7 +9,6 @@ finished run is not trained again and an interrupted one goes on, so the same co
 At the end: the table of feature consistency over seeds, and pictures.
 """
 
-import argparse
 import hashlib
 import itertools
 from pathlib import Path
@@ -21,33 +20,33 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
 
 import evaluate
 from sae import (
-    ARCHS,
-    L2_FORMS,
-    Hparams,
     Parser,
-    RunError,
     Trainer,
-    UsageError,
-    check_writable,
+    UserError,
+    at_least,
     first_line,
     fit,
     is_complete,
+    make_folder,
     pick_device,
+    resume,
     run_command,
-    run_name,
-    stop_signal,
+    save_run,
+    sweep,
     write_hparams,
     write_json,
 )
 
-N_IMAGES = {"mnist": 60_000, "glyphs": 20_000}
-# MNIST as the study has it; glyphs for a first look within minutes
-DEFAULTS = {
-    "mnist": {"d_sae": 1568, "epochs": 100, "batch_size": 512},
-    "glyphs": {"d_sae": 512, "epochs": 20, "batch_size": 128},
+# The study's settings for images where they differ from those for Pythia: plain Adam, and glyphs for a first look
+IMAGES = {"arch": "relu", "d_sae": 1568, "k": 32, "sparsity": 0.1, "reduction": "mean", "tied_init": False}
+IMAGES |= {"lr": 1e-3, "batch_size": 512, "warmup": 0, "decay": 0.0, "clip": 0.0, "dtype": "float32"}
+DATA = {  # images to train on, passes over them, settings
+    "mnist": (60_000, 100, IMAGES),
+    "glyphs": (20_000, 20, IMAGES | {"d_sae": 512, "batch_size": 128}),
 }
 
 
@@ -56,10 +55,9 @@ DEFAULTS = {
 
 
 def load_images(data):
-    """Training and test images of `data`: "mnist", "glyphs" or a folder with MNIST in it. Raises UsageError."""
+    """Training and test images of `data`: "mnist", "glyphs" or a folder with MNIST in it. Raises UserError."""
     if data == "glyphs":
-        images = draw_glyphs(N_IMAGES["glyphs"] + 2_000)
-        return images[: N_IMAGES["glyphs"]], images[N_IMAGES["glyphs"] :]
+        return draw_glyphs(DATA["glyphs"][0] + 2_000).split([DATA["glyphs"][0], 2_000])
     from torchvision.datasets import MNIST  # here, because glyphs do without and it takes seconds to import
 
     root = Path("data") if data == "mnist" else Path(data)
@@ -71,7 +69,7 @@ def load_images(data):
         way_out = "give --data glyphs, which needs no network"
         if data != "mnist":
             way_out = "give a folder where you may write, without the damaged files"
-        raise UsageError(f"--data {data}: no MNIST to be had ({first_line(error)}): {way_out}") from None
+        raise UserError(f"--data {data}: no MNIST to be had ({first_line(error)}): {way_out}") from None
     return [split.data.flatten(1).float() / 255 for split in splits]
 
 
@@ -83,9 +81,9 @@ def check_mnist_folder(root, resources):
         if path.with_suffix("").exists():
             continue
         if not path.exists():
-            raise UsageError(f"--data {root}: no {path}: give a folder with MNIST/raw in it, or --data glyphs")
+            raise UserError(f"--data {root}: no {path}: give a folder with MNIST/raw in it, or --data glyphs")
         if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            raise UsageError(f"--data {root}: {path} is damaged (its checksum is not MNIST's): fetch it again")
+            raise UserError(f"--data {root}: {path} is damaged (its checksum is not MNIST's): fetch it again")
 
 
 def draw_glyphs(n, seed=0):
@@ -139,74 +137,43 @@ def batches(images, hp, first=0):
 # Training
 
 
-def hparams(args, arch, k, l1, l2, seed):
-    """The study's settings for images, with what the command line changes of them."""
-    n_images = N_IMAGES[args.dataset]
-    return Hparams(
-        arch=arch,
-        d_in=784,
-        d_sae=args.d_sae,
-        k=k if arch != "relu" else Hparams.k,
-        sparsity=args.sparsity if arch == "relu" else 0.0,
-        l1=l1,
-        l2=l2,
-        l1_form="mean",
-        l2_form=args.l2_form,
-        reduction="mean",
-        tied_init=args.tied_init,
-        biases=args.tied_init,  # the plain setting has none at all
-        unit_norm=args.unit_norm,
-        lr=args.lr,  # of plain Adam: no warm-up, no decay, no clipping
-        warmup=0,
-        decay=0.0,
-        clip=0.0,
-        batch_size=args.batch_size,
-        steps=args.epochs * -(-n_images // args.batch_size),
-        dead_after=5 * n_images,
-        seed=seed,
-        data_seed=args.data_seed,
-        data=args.dataset,
-        dtype=args.dtype,
-    )
-
-
-def sweep(args):
-    """The SAEs of the command line, the product of its lists: {name of the run: hyperparameters}."""
-    runs, usual = {}, parse(["--data", args.dataset])
-    for arch, k, l1, l2, seed in itertools.product(args.arch, args.k, args.l1, args.l2, args.seed):
-        hp = hparams(args, arch, k, l1, l2, seed)
-        defaults = hparams(usual, arch, 32, 0.0, 0.0, 0)
-        defaults.biases = hp.biases  # follows from tied_init, so a name need not say both
-        name = run_name(hp, defaults)
-        if runs.setdefault(name, hp) != hp:
-            raise UsageError(f"--l1, --l2: two of the values are the same to 6 digits, both would be {name}")
-    return runs
-
-
-def train(hp, images, folder, device, stop):
-    """Train one SAE on images [n, 784], on the device, or go on with it. Returns its Trainer."""
-    trainer = Trainer(hp, next(batches(images, hp)), device)
-    trainer.resume(folder)
-    write_hparams(folder, hp, complete=False, bfloat16=trainer.bfloat16)
-    fit({folder: trainer}, batches(images, hp, first=trainer.step), stop)
-    return trainer
-
-
-def finish(trainer, folder, test_images):
-    """Measure a trained SAE on the test images, draw its features, and write its run folder."""
-    hp = trainer.hp
-    metadata = {name: getattr(hp, name) for name in ("l1", "l2", "l1_form", "l2_form", "seed", "data_seed")}
-    metadata |= {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False}
-    sae = trainer.sae.eval()
-    result, mean_acts, _ = evaluate.quality(sae, test_images.split(1000))
+def train(hp, images, test_images, folder, device):
+    """Train one SAE on images [n, 784], or go on with it; measure it on the test images and write its run folder."""
+    trainer = Trainer(hp, device)
+    resume(trainer, folder)
+    write_hparams(trainer, folder)
+    fit({folder: trainer}, batches(images, hp, first=trainer.step))
+    result, mean_acts = evaluate.quality(trainer.sae.eval(), test_images.split(1000))
     write_json(folder / "quality.json", result)
     evaluate.save_covariance(evaluate.covariance(test_images), folder)
-    evaluate.save_figure(plot_features(sae, mean_acts), folder / "features.png")
-    trainer.finish(folder, metadata)
+    evaluate.save_figure(plot_features(trainer.sae, mean_acts), folder / "features.png")
+    save_run(trainer, folder, {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False})
     print(
         f"{folder}: fve {result['fve']:.4f}, l0 {result['l0']:.1f}, of {hp.d_sae} features "
         f"{result['alive']} are alive and {hp.d_sae - result['dead_by_use']} are used"
     )
+
+
+def main(argv=None):
+    args, runs = parse(argv)
+    device = pick_device(args.device)
+    missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
+    if missing:
+        images, test_images = (split.to(device) for split in load_images(args.data))
+        make_folder(args.out)
+        print(f"training {len(missing)} of {len(runs)} SAEs on {len(images):,} images, {device}, into {args.out}")
+    for folder in missing:
+        if not is_complete(folder, runs[folder]):  # by another process, meanwhile
+            train(runs[folder], images, test_images, folder, device)
+    if len(set(args.seed)) < 2:
+        print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
+        return
+    groups = evaluate.compare_seeds(list(runs))
+    print(evaluate.table(groups))
+    evaluate.write_consistency(groups, args.out / "consistency.json")
+    for group in groups:
+        path = args.out / f"pairs_{group['name']}.png"
+        evaluate.save_figure(plot_pairs(*group["saes"][:2], group["label"]), path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -220,6 +187,8 @@ def draw_tiles(features, titles, columns, heading):
     figure = Figure(figsize=(7, 0.6 + 7 * canvas.shape[0] / canvas.shape[1]))
     axis = figure.subplots()
     for n, (feature, title) in enumerate(zip(features, titles)):
+        if title is None:  # an empty place
+            continue
         top, left = n // columns * height + 10, n % columns * width + 2
         canvas[top : top + 28, left : left + 28] = feature.view(28, 28) / feature.abs().max().clamp(min=1e-12)
         axis.text(left + 14, top - 2, title, ha="center", fontsize=9)
@@ -244,16 +213,16 @@ def plot_features(sae, mean_acts, n=64):
 def plot_pairs(a, b, name, columns=8):
     """Alive features of one SAE above their one-to-one partners (Hungarian, decoder) in another, best to worst."""
     features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
-    cos = evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T
-    rows, partners = evaluate.assign(cos.abs())
-    cos = cos.numpy()
+    cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
+    rows, partners = linear_sum_assignment(np.abs(cos), maximize=True)
     order = np.argsort(-np.abs(cos[rows, partners]))
     order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
     features, titles = [], []
     for start in range(0, len(order), columns):
         i, j = rows[order[start : start + columns]], partners[order[start : start + columns]]
-        features += [*features_a[i], *features_b[j]]
-        titles += [f"{c:+.2f}" for c in cos[i, j]] + [""] * len(j)
+        empty = [None] * (columns - len(i))  # so that partners stand below, whatever the number of pairs
+        features += [*features_a[i], *empty, *features_b[j], *empty]
+        titles += [*(f"{c:+.2f}" for c in cos[i, j]), *empty, *[""] * len(j), *empty]
     heading = f"{name}: features of one seed, each above its partner\nin another, with their cosine; best pair to worst"
     return draw_tiles(features, titles, columns, heading)
 
@@ -263,62 +232,29 @@ def plot_pairs(a, b, name, columns=8):
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The arguments, and the SAEs they ask for: {run folder: Hparams}."""
+    data = Parser(add_help=False)
+    data.add_argument("--data", default="mnist")
+    data = data.parse_known_args(argv)[0].data
+    dataset = "glyphs" if data == "glyphs" else "mnist"
+    n_images, epochs, defaults = DATA[dataset]
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", default="mnist", metavar="mnist|glyphs|DIR", help="what to train on; mnist is downloaded to data/")
-    add("--arch", nargs="+", default=["relu"], metavar="ARCH", help=f"any of {', '.join(ARCHS)}")
-    add("--l1", nargs="+", type=float, default=[0.0], help="weight of the L1 penalty; the study's is 1e-3")
-    add("--l2", nargs="+", type=float, default=[0.0], help="weight of the L2 penalty; the study's is 1e-5")
-    add("--l2-form", default="squares", help=f"of the L2 penalty, one of {', '.join(L2_FORMS)}")
-    add("--seed", nargs="+", type=int, default=[0], help="initialisation")
-    add("--data-seed", type=int, default=0, help="order of the images")
-    add("--tied-init", action="store_true", help="encoder starts as decoder's transpose; adds biases")
-    add("--unit-norm", action="store_true", help="decoder rows are kept at norm 1")
-    add("--sparsity", type=float, default=0.1, help="weight of the mean activation, relu only (default 0.1)")
-    add("--k", nargs="+", type=int, default=[32], help="active latents, all but relu")
-    add("--d-sae", type=int, default=None, help="number of latents (default 1568; glyphs 512)")
-    add("--epochs", type=int, default=None, help="passes over the images (default 100; glyphs 20)")
-    add("--batch-size", type=int, default=None, help="images per step (default 512; glyphs 128)")
-    add("--lr", type=float, default=1e-3)
-    add("--dtype", default="float32", help="of matrix products: float32, bfloat16, or auto: the faster one here")
-    add("--out", default=None, metavar="DIR", help="where run folders go (default runs/mnist or runs/glyphs)")
+    add("--epochs", type=at_least(1), default=epochs, help=f"passes over the images (default {epochs})")
+    add("--out", type=Path, default=f"runs/{dataset}", metavar="DIR", help="where run folders go (default runs/DATA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    # Biases come with tied initialisation: the plain setting has none at all
+    computed = ("d_in", "biases", "steps", "length", "data", "model", "layer", "context")
+    parser.add_settings(computed, **defaults, dead_after=5 * n_images)
     args = parser.parse_args(argv)
-    args.dataset = "glyphs" if args.data == "glyphs" else "mnist"
-    for name, usual in (DEFAULTS[args.dataset] | {"out": f"runs/{args.dataset}"}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
-    if args.epochs < 1 or args.batch_size < 1:
-        raise UsageError(f"--epochs {args.epochs} --batch-size {args.batch_size}: give numbers above 0")
-    args.out = Path(args.out)
-    return args
 
+    def complete(given, args):
+        steps = args.epochs * -(-n_images // max(1, given["batch_size"]))
+        computed = {"d_in": 784, "biases": given["tied_init"], "data": dataset}
+        return computed | {"steps": steps, "length": f"{args.epochs} epochs"}
 
-def main(argv=None):
-    args = parse(argv)
-    runs = {args.out / name: hp for name, hp in sweep(args).items()}
-    device = pick_device(args.device)
-    check_writable(args.out, "--out")
-    missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
-    if missing:
-        images, test_images = (split.to(device) for split in load_images(args.data))
-        print(f"training {len(missing)} of {len(runs)} SAEs on {len(images):,} images, {device}, into {args.out}")
-        with stop_signal() as stop:
-            for folder in missing:
-                if is_complete(folder, runs[folder]):  # by another process, meanwhile
-                    continue
-                trainer = train(runs[folder], images, folder, device, stop)
-                finish(trainer, folder, test_images)
-                if stop.is_set():
-                    raise RunError(f"interrupted after {folder}: the same command goes on from there")
-    if len(set(args.seed)) < 2:
-        print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
-        return
-    groups = evaluate.compare_seeds(list(runs))
-    print(evaluate.consistency_table(groups))
-    evaluate.write_consistency(groups, args.out / "consistency.json")
-    for group in groups:
-        evaluate.save_figure(plot_pairs(*group["saes"][:2], group["label"]), args.out / f"pairs_{group['label']}.png")
+    return args, {args.out / name: hp for name, hp in sweep(parser, args, complete).items()}
 
 
 if __name__ == "__main__":

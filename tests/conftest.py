@@ -14,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import evaluate
+from sae import UserError
 
 FAMILIES = {
     "gpt_neox": transformers.GPTNeoXConfig,
@@ -63,6 +64,23 @@ def run_folder(model_folder, tmp_path, monkeypatch):
     return sorted((tmp_path / "out").iterdir())
 
 
+@pytest.fixture
+def refusal(capsys):
+    """What a script's main says of a command line that cannot work: argparse's line, or the UserError."""
+
+    def said(main, arguments):
+        try:
+            main([str(argument) for argument in arguments])
+        except UserError as error:
+            return str(error)
+        except SystemExit as stop:
+            assert stop.code == 2
+            return capsys.readouterr().err
+        raise AssertionError("it works")
+
+    return said
+
+
 def autointerp_line(run, chat, *more):
     """A command line of evaluate.py."""
     flags = ["--judge", "wise", "--base-url", chat.url, "--n", 10, "--context", 32, "--half-window", 3]
@@ -77,7 +95,7 @@ class ChatServer(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible endpoint on loopback. `answer` makes a text of a prompt; `faults`, one a request, are a
     (status, headers, body), "hang" or "cut", and come first. Every request's body is kept in `requests`."""
 
-    daemon_threads = True
+    daemon_threads, ended = True, False
 
     def __init__(self, port=0):
         super().__init__(("127.0.0.1", port), ChatHandler)
@@ -90,21 +108,28 @@ class ChatServer(http.server.ThreadingHTTPServer):
         return self
 
     def end(self):
+        self.ended = True  # connections that were kept are closed, too
         self.shutdown()
         self.server_close()
 
 
 class ChatHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept
+
     def do_POST(self):
+        if self.server.ended:
+            self.close_connection = True
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append(body)
-            self.server.headers.append(dict(self.headers) | {"path": self.path})
+            self.server.headers.append(dict(self.headers) | {"path": self.path, "port": self.client_address[1]})
             fault = self.server.faults.pop(0) if self.server.faults else None
         if callable(fault):
             fault = fault(body)
         if fault == "hang":
             time.sleep(3)
+            self.close_connection = True
             return
         status, headers, text = 200, {}, None
         if isinstance(fault, tuple):
@@ -119,6 +144,7 @@ class ChatHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload[: len(payload) // 2] if fault == "cut" else payload)
+        self.close_connection = self.close_connection or fault == "cut"
 
     def log_message(self, *args):
         pass

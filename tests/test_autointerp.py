@@ -15,12 +15,12 @@ from conftest import ChatServer, autointerp, autointerp_line, tiny_model
 
 import evaluate
 from evaluate import Judge, ask_all, collect_windows, parse_explanation, parse_numbers, selected_acts
-from sae import SAE, RunError, UsageError
+from sae import SAE, UserError
 
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(evaluate, "WAIT", 0.001)
+    monkeypatch.setattr(evaluate, "BACKOFF", 0.001)
     monkeypatch.setattr(evaluate, "TIMEOUT", 1)
 
 
@@ -30,10 +30,10 @@ def judge_at(chat, tmp_path, **others):
 
 # --- the client
 
-REFUSES_TEMPERATURE = (400, {}, '{"error": "Unsupported value: temperature"}')
 FAULTS = {
     "429": (429, {}, "slow down"),
-    "429 with seconds": (429, {"Retry-After": "0.01"}, "slow down"),
+    "429 with seconds": (429, {"Retry-After": "0"}, "slow down"),
+    "429 with part of a second": (429, {"Retry-After": "0.01"}, "slow down"),
     "429 with a date": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "slow down"),
     "429 with nonsense": (429, {"Retry-After": "soon"}, "slow down"),
     "429 with no number": (429, {"Retry-After": "nan"}, "slow down"),
@@ -63,35 +63,37 @@ def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault, chat, tmp_pat
 @pytest.mark.parametrize("fault", ["500", "no choices", "a page", "429"])
 def test_a_fault_that_stays_ends_in_one_line(fault, chat, tmp_path):
     chat.faults = [FAULTS[fault]] * 20
-    with pytest.raises(RunError, match=r"no answer .* answers so far are kept") as error:
+    with pytest.raises(UserError, match=r"no answer .* answers so far are kept") as error:
         judge_at(chat, tmp_path).answer("2 + 2?")
     assert "\n" not in str(error.value)
-    assert len(chat.requests) == evaluate.TRIES
+    assert len(chat.requests) == (evaluate.TRIES if FAULTS[fault][0] != 200 else 3)
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(400, "check --base-url"), (401, "check the key"), (403, "check the key"), (404, "--judge wise")],
+    [(400, "--judge-options"), (401, "check the key"), (403, "check the key"), (404, "--judge wise")],
 )
 def test_a_refusal_is_not_asked_again_and_says_what_to_mend(status, message, chat, tmp_path):
     chat.faults = [(status, {}, "you sent sk-secret, that is wrong")]
-    with pytest.raises(RunError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         judge_at(chat, tmp_path, key="sk-secret").answer("2 + 2?")
     assert len(chat.requests) == 1
     assert "sk-secret" not in str(error.value)
 
 
 def test_retry_after_is_honoured(chat, tmp_path):
-    chat.faults = [(429, {"Retry-After": "0.5"}, "slow down")]
+    chat.faults = [(429, {"Retry-After": "1"}, "slow down")]
     start = time.monotonic()
     judge_at(chat, tmp_path).answer("2 + 2?")
-    assert time.monotonic() - start >= 0.5
+    assert time.monotonic() - start >= 1
+    assert evaluate.Patience().parse_retry_after("86400") == 600, "no server makes us wait a day in silence"
 
 
 def test_nobody_there_is_found_out_soon(tmp_path, monkeypatch):
     judge = Judge("http://127.0.0.1:9/v1", "wise", tmp_path / "answers.jsonl")
-    with pytest.raises(RunError, match=r"127\.0\.0\.1:9/v1/chat/completions: no answer .ConnectionError"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1/chat/completions: no answer .ConnectionError.") as error:
         judge.answer("2 + 2?")
+    assert "\n" not in str(error.value)
 
 
 def test_the_key_is_sent_and_written_nowhere(chat, tmp_path):
@@ -103,39 +105,25 @@ def test_the_key_is_sent_and_written_nowhere(chat, tmp_path):
     assert "Authorization" not in chat.headers[1]
 
 
-def test_a_setting_that_is_rejected_is_left_out_from_then_on(chat, tmp_path):
-    renamed = (
-        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-    )
-    chat.faults = [(400, {}, json.dumps({"error": {"message": renamed}})), REFUSES_TEMPERATURE]
-    judge = judge_at(chat, tmp_path)
-    for prompt in ("a", "b"):
-        judge.answer(prompt)
-    settings = [sorted(set(body) - {"model", "messages"}) for body in chat.requests]
-    assert settings == [
-        ["max_tokens", "temperature"],
-        ["max_completion_tokens", "temperature"],
-        ["max_completion_tokens"],
-        ["max_completion_tokens"],
-    ]
+def test_a_request_carries_the_model_the_message_and_the_options(chat, tmp_path):
+    judge_at(chat, tmp_path).answer("a")
+    judge_at(chat, tmp_path, options={"max_completion_tokens": 9}).answer("a")
+    judge_at(chat, tmp_path, options={}).answer("a")
+    request = {"model": "wise", "messages": [{"role": "user", "content": "a"}]}
+    assert chat.requests == [request | {"temperature": 0}, request | {"max_completion_tokens": 9}, request]
 
 
-def test_many_requests_at_once_learn_together(chat, tmp_path):
-    def fault(body):
-        if "max_tokens" in body:
-            return 400, {}, "use max_completion_tokens, not max_tokens"
-        return REFUSES_TEMPERATURE if "temperature" in body else None
-
-    chat.faults, chat.answer = [fault] * 100, lambda prompt: prompt
-    answers = ask_all(judge_at(chat, tmp_path), [(str(n), str) for n in range(20)], "asking", concurrency=10)
-    assert [value for value, _ in answers] == [str(n) for n in range(20)]
-
-
-def test_a_setting_is_dropped_once_and_not_for_ever(chat, tmp_path):
-    chat.faults = [REFUSES_TEMPERATURE] * 5
-    with pytest.raises(RunError, match="status 400"):
+def test_an_option_that_is_refused_is_reported_with_its_flag(chat, tmp_path):
+    chat.faults = [(400, {}, '{"error": "Unsupported value: temperature"}')]
+    with pytest.raises(UserError, match=r"Unsupported value: temperature.*--judge-options"):
         judge_at(chat, tmp_path).answer("a")
-    assert len(chat.requests) == 2
+    assert len(chat.requests) == 1
+
+
+def test_connections_are_kept(chat, tmp_path):
+    judge = judge_at(chat, tmp_path, concurrency=2)
+    ask_all(judge, [(str(n), str) for n in range(12)], "asking", concurrency=2)
+    assert len({headers["port"] for headers in chat.headers}) <= 2
 
 
 def test_an_answer_is_paid_for_once(chat, tmp_path):
@@ -157,7 +145,7 @@ def test_a_server_that_dies_half_way_loses_nothing(chat, tmp_path):
     questions = [(str(n), str) for n in range(20)]
     chat.answer = lambda prompt: prompt
     chat.faults = [None] * 10 + [(401, {}, "expired")] * 30
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         ask_all(judge_at(chat, tmp_path), questions, "asking", concurrency=3)
     kept = len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n"))
     assert kept == 10
@@ -168,7 +156,7 @@ def test_a_server_that_dies_half_way_loses_nothing(chat, tmp_path):
 
 
 def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "WAIT", 0.05)
+    monkeypatch.setattr(evaluate, "BACKOFF", 0.05)
     first = ChatServer().start()
 
     def answer(prompt):
@@ -196,21 +184,6 @@ def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path, monkeypatch
     assert 0 < len(second.requests) <= 60 - (len(first.requests) - 4), "only what was in flight is asked again"
 
 
-def test_stopping_keeps_what_has_been_sent(chat, tmp_path):
-    stop = threading.Event()
-    judge = judge_at(chat, tmp_path, stop=stop)
-
-    def answer(prompt):
-        if prompt == "5":
-            stop.set()
-        return prompt
-
-    chat.answer = answer
-    with pytest.raises(RunError, match="interrupted"):
-        ask_all(judge, [(str(n), str) for n in range(20)], "asking", concurrency=2)
-    assert len((tmp_path / "answers.jsonl").read_text().strip().split("\n\n")) == len(chat.requests) < 20
-
-
 @pytest.mark.parametrize("nothing", [None, "", "   ", "<think>hm</think>"])
 def test_an_answer_of_nothing_is_asked_again_once_and_then_recorded(nothing, chat, tmp_path):
     chat.answer = lambda prompt: nothing
@@ -231,44 +204,32 @@ def test_an_answer_that_was_cut_off_is_none_and_not_kept(chat, tmp_path):
     ("text", "numbers"),
     [
         ("1, 4, 7", {1, 4, 7}),
-        ("[2]", {2}),
+        ("1,4", {1, 4}),
+        ("[2]", None),
         ("3.", {3}),
         ("None", set()),
         ("none.", set()),
-        ("Excerpts 1, 4 and 7.", {1, 4, 7}),
-        ("1\n4\n7", {1, 4, 7}),
-        ("- 2\n- 14", {2, 14}),
-        ("The word is in two of them.\nAnswer: 2, 6", {2, 6}),
-        ("Excerpts: 2; 6", {2, 6}),
-        ("2, 5, and 9", {2, 5, 9}),
-        ("Excerpt 3 has a 5 in it.\nAnswer: 2, 6", None),
+        ("**None**", set()),
+        ("Excerpt 3 has a 5 in it.\n\n2, 6\n", {2, 6}),
+        ("Excerpts 1, 4 and 7.", None),
+        ("1\n4\n7, 8 too", None),
         ("All except 3", None),
-        ("None of them.", set()),
-        ("None of the 14 excerpts.", set()),
         ("None of the excerpts but 3", None),
         ("1: yes\n2: no\n3: yes", None),
-        ('1. "the dog"\n4. "a cat"', None),
         ("2, 5, 9\n(None of the others mention it.)", None),
-        ("2, 5\nThe other 10 are unrelated.", None),
         ("1, 4, 7 (not 9)", None),
-        ("Excerpts 1, 4, 7 of 14", None),
-        ("3 excerpts: 1, 4, 7", None),
-        ("between 2 and 5", None),
         ("1\u20144", None),
-        ("1..4", None),
-        ("**1**-**4**", None),
-        ("**None**", set()),
         ("15", None),
         ("0", None),
+        ("-1", None),
         ("1-4", None),
-        ("1 to 4", None),
         ("2.5", None),
         ("I cannot tell", None),
         ("", None),
         ("9" * 5000, None),
     ],
 )
-def test_numbers_are_read_kindly_but_not_guessed(text, numbers):
+def test_numbers_are_read_in_the_form_asked_for_and_not_guessed(text, numbers):
     assert parse_numbers(text, 14) == numbers
 
 
@@ -276,17 +237,15 @@ def test_numbers_are_read_kindly_but_not_guessed(text, numbers):
     ("text", "explanation"),
     [
         ("Words for food.", "Words for food."),
-        ('"Words for food."\n\nThat is all.', "Words for food."),
         ("Let me see.\nExplanation: words for food", "words for food"),
-        ("Sure! Here is a sentence:\n\nNames of animals.", "Names of animals."),
+        ("Sure! Here is a sentence:\n\n**Names of animals.**\n", "Names of animals."),
         ("# Answer\nDogs", "Dogs"),
-        ("The heading 'Explanation:' in a quiz.", "The heading 'Explanation:' in a quiz."),
         ("I cannot determine what they have in common.", None),
         ("  \n ** \n", None),
         ("", None),
     ],
 )
-def test_an_explanation_is_its_first_line(text, explanation):
+def test_an_explanation_is_the_last_line(text, explanation):
     assert parse_explanation(text) == explanation
 
 
@@ -539,7 +498,7 @@ def test_ctrl_c_of_the_command_loses_nothing_and_asks_nothing_twice(run_folder, 
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert said.strip().splitlines()[-1].startswith("error: interrupted: the same command goes on")
+    assert said.strip().splitlines()[-1].startswith("interrupted: the same command goes on")
     assert "Traceback" not in said
     assert len((run_folder[0] / "answers.jsonl").read_text().strip().split("\n\n")) == len(chat.requests) < 20
     assert not (run_folder[0] / "autointerp.json").exists()
@@ -549,26 +508,17 @@ def test_ctrl_c_of_the_command_loses_nothing_and_asks_nothing_twice(run_folder, 
     assert len(prompts) == len(set(prompts)) == 2 * sum(row["status"] == "scored" for row in rows)
 
 
-def test_features_can_be_named_or_taken_by_how_they_recur(run_folder, chat):
-    autointerp(run_folder[0], chat, "--features", 5, 3)
+def test_features_can_be_named(run_folder, chat):
+    autointerp(run_folder[0], chat, "--features", 5, 3, 5)
     rows = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
     assert [row["feature"] for row in rows] == [5, 3]
-    _, partner, _ = evaluate.match_pair(*map(SAE.load, run_folder))
-    autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1], "--n", 1000)
-    rows = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
-    shared = [i for i, j in enumerate(partner) if j >= 0]
-    assert [row["feature"] for row in rows] == shared
-    autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[0].parent, "--n", 1000)
-    again = json.loads((run_folder[0] / "autointerp.json").read_text())["features"]
-    assert again == rows, "a run is not compared with itself"
-    SAE(16, 64, "topk", 4).save(run_folder[1])
-    with pytest.raises(UsageError, match="no feature to choose from is always shared"):
-        autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1])
-    hparams = json.loads((run_folder[1] / "hparams.json").read_text())
-    hparams["hparams"]["k"] = 5
-    (run_folder[1] / "hparams.json").write_text(json.dumps(hparams))
-    with pytest.raises(UsageError, match="--among"):
-        autointerp(run_folder[0], chat, "--shared", "always", "--among", run_folder[1])
+
+
+def test_somebody_elses_sae_is_left_alone(tmp_path, chat, refusal):
+    SAE(16, 64, "topk", 4).save(tmp_path / "theirs")
+    said = refusal(evaluate.main, autointerp_line(tmp_path / "theirs", chat))
+    assert "not a run of train_pythia.py" in said
+    assert not re.search("delete|move", said)
 
 
 @pytest.mark.parametrize(
@@ -576,15 +526,16 @@ def test_features_can_be_named_or_taken_by_how_they_recur(run_folder, chat):
     [
         (["--features", 64], "--features 64: this SAE has 0 to 63"),
         (["--features", -1], "--features -1"),
-        (["--shared", "always"], "--among"),
-        (["--judge", ""], "--judge"),
-        (["--base-url", "localhost"], "--base-url localhost"),
+        (["--judge", ""], "--judge: name the model"),
+        (["--base-url", "localhost"], "argument --base-url: invalid web_address value: 'localhost'"),
+        (["--judge-options", "{"], "argument --judge-options: invalid json_object value"),
+        (["--judge-options", "[1]"], "argument --judge-options: invalid json_object value"),
         (["--context", 6], "--context 6"),
-        (["--concurrency", 0], "--concurrency 0"),
+        (["--concurrency", 0], "--concurrency: 0: give 1 or more"),
+        (["--tokens", "inf"], "--tokens: inf: give 1 or more"),
         (["--tokens", 1], "--tokens"),
     ],
 )
-def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, chat):
-    with pytest.raises(UsageError, match=message):
-        autointerp(run_folder[0], chat, *flags)
+def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, chat, refusal):
+    assert message in refusal(evaluate.main, autointerp_line(run_folder[0], chat, *flags))
     assert not (run_folder[0] / "autointerp.json").exists()

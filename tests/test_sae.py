@@ -5,8 +5,7 @@ import itertools
 import json
 import math
 import pickle
-import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,34 +14,42 @@ from safetensors import safe_open
 import sae as sae_module
 from sae import (
     ARCHS,
+    PENALTIES,
     SAE,
     Hparams,
-    RunError,
+    Parser,
     Trainer,
-    UsageError,
-    WeightedSums,
+    UserError,
     annealed_k,
     batchtopk,
     fit,
     geometric_median,
+    group_sizes,
     initialise,
     is_complete,
     jumprelu,
     learning_rate,
+    make_folder,
     replacing,
-    run_name,
+    resume,
+    save_checkpoint,
+    save_run,
+    sweep,
     topk,
     total_loss,
     use_bfloat16,
     weight_penalty,
+    weighted_sums,
     write_hparams,
 )
 
+TRAINED = [name for name, arch in ARCHS.items() if arch.train]
+SPARSE = [name for name, arch in ARCHS.items() if arch.chosen_from]
 SMALL = {"d_in": 12, "d_sae": 64, "k": 5, "batch_size": 16, "steps": 40, "lr": 1e-2, "warmup": 3, "dtype": "float32"}
 
 
 def small(arch="topk", **others):
-    return Hparams(**SMALL | {"arch": arch, "sparsity": 0.1 if arch == "relu" else 0.0} | others)
+    return Hparams(**SMALL | {"arch": arch, "sparsity": 0.1} | others)
 
 
 def data(n=16, d_in=12, seed=0):
@@ -52,7 +59,7 @@ def data(n=16, d_in=12, seed=0):
 def double_sae(hp, x):
     """An SAE in float64 with all its parameters away from zero."""
     model = SAE(hp.d_in, hp.d_sae, hp.arch, hp.k).double().train()
-    initialise(model, hp, x)
+    initialise(model, hp)
     with torch.no_grad():
         model.b_enc.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
         model.b_dec.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
@@ -99,7 +106,7 @@ def test_jumprelu_keeps_what_is_strictly_above_the_threshold_and_positive():
 
 def test_batchtopk_in_eval_mode_treats_each_input_by_itself():
     model = SAE(12, 64, "batchtopk", 5)
-    initialise(model, small("batchtopk"), data())
+    initialise(model, small("batchtopk"))
     model.threshold.fill_(0.4)
     x = data(8)
     model.eval()
@@ -113,12 +120,14 @@ def test_batchtopk_in_eval_mode_treats_each_input_by_itself():
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, dense):
     hp = small(arch, l1=0.01, l2=0.02, reduction=reduction)
     x = data().double()
     model = double_sae(hp, x)
     dead = torch.rand(hp.d_sae, generator=torch.Generator().manual_seed(3)) < 0.3
+    if "aux" not in ARCHS[arch].settings:
+        dead = None
     loss, _ = total_loss(model, hp, x, hp.k, dead, dense)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -135,6 +144,7 @@ def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, 
     else:
         acts = torch.where(pre >= pre.flatten().sort().values[-hp.k * len(x)], pre.clamp(min=0), 0)
     ends = [2, 6, 14, 30, 64] if arch == "matryoshka" else [64]
+    assert [*itertools.accumulate(group_sizes(arch, 64))] == ends
     expected = sum(error(acts[:, :n] @ model.W_dec[:n] + model.b_dec - x) for n in ends) / len(ends)
     expected = expected + 0.01 * (model.W_enc.abs().sum() + model.W_dec.abs().sum())
     expected = expected + 0.02 * (model.W_enc.square().sum() + model.W_dec.square().sum())
@@ -142,12 +152,13 @@ def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, 
         expected = expected + 0.1 * (acts.sum(1).mean() if reduction == "sum" else acts.mean())
     residual = (x - acts @ model.W_dec - model.b_dec).detach()
     revived = torch.zeros_like(pre)
-    for row in range(len(x)):  # the d_in / 2 strongest dead latents of each input
+    for row in range(len(x) if dead is not None else 0):  # the d_in / 2 strongest dead latents of each input
         strongest = sorted(dead.nonzero().flatten().tolist(), key=lambda i: -pre[row, i].item())[:6]
         revived[row, strongest] = 1
     by_dead = (pre.clamp(min=0) * revived) @ model.W_dec
     variance = (residual - residual.mean(0)).square().sum(1).mean()
-    expected = expected + (by_dead - residual).square().sum(1).mean() / variance / 32
+    if dead is not None:
+        expected = expected + (by_dead - residual).square().sum(1).mean() / variance / 32
     expected.backward()
 
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-12)
@@ -155,7 +166,7 @@ def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, 
         assert torch.allclose(gradients[name], parameter.grad, atol=1e-12), name
 
 
-@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("arch", SPARSE)
 def test_sparse_and_dense_training_stay_together_for_300_steps(arch, monkeypatch):
     def losses(dense):
         with monkeypatch.context() as patch:
@@ -178,7 +189,7 @@ def test_weighted_sums_and_their_gradients_are_those_of_a_dense_matrix():
         return torch.zeros(6, 5).double().index_put((targets, sources), weights, accumulate=True) @ vectors
 
     def ours(weights, vectors):
-        return WeightedSums.apply(weights, sources, vectors, targets, 6)
+        return weighted_sums(weights, sources, vectors, targets, 6)
 
     assert torch.allclose(ours(weights, vectors), dense(weights, vectors), atol=1e-12)
     upstream = torch.randn(6, 3, generator=generator).double()
@@ -189,11 +200,11 @@ def test_weighted_sums_and_their_gradients_are_those_of_a_dense_matrix():
     assert torch.autograd.gradcheck(ours, (weights, vectors))
 
 
-@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("arch", SPARSE)
 def test_sparse_gradients_in_bfloat16_are_the_dense_ones_within_rounding(arch):
     hp = small(arch, d_sae=256)
     model, gradients = SAE(hp.d_in, hp.d_sae, hp.arch, hp.k).train(), []
-    initialise(model, hp, data())
+    initialise(model, hp)
     for dense in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts = total_loss(model, hp, data(64), hp.k, dense=dense)
@@ -204,54 +215,60 @@ def test_sparse_gradients_in_bfloat16_are_the_dense_ones_within_rounding(arch):
         assert (sparse - dense).norm() < 0.02 * dense.norm()
 
 
-def test_auxiliary_loss_reaches_no_living_latent():
+@pytest.mark.parametrize("dense", [False, True])
+def test_auxiliary_loss_reaches_no_living_latent(dense):
     hp = small(aux=1.0)
     x = data().double()
     model = double_sae(hp, x)
     dead = torch.zeros(64, dtype=torch.bool)
     dead[:10] = True
-    pre_acts = model.pre_acts(x)
-    sae_module.auxiliary_loss(model, x, pre_acts, x, dead).backward()
+    _, parts = total_loss(model, hp, x, hp.k, dead, dense)
+    sae_module.auxiliary_loss(parts["revived"], x, dead).backward()
     assert model.W_dec.grad[:10].abs().sum() > 0
     assert model.W_dec.grad[10:].abs().sum() == 0
-    assert model.W_enc.grad[:, 10:].abs().sum() == 0
+    assert model.encoder.grad[10:].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
-    ("l1", "l2", "l1_form", "l2_form", "value"),
+    ("weights", "value"),
     [
-        (0, 1, "sum", "squares", 1 + 4 + 9 + 16),
-        (0, 1, "sum", "norms", math.sqrt(5) + 5),
-        (1, 0, "sum", "squares", 1 + 2 + 3 + 4),
-        (1, 0, "mean", "squares", 1.5 + 3.5),
-        (0.5, 0.1, "mean", "squares", 0.5 * 5 + 0.1 * 30),
-        (0, 0, "sum", "squares", 0),
+        ({"l2": 1}, 1 + 4 + 9 + 16),
+        ({"l2_norm": 1}, math.sqrt(5) + 5),
+        ({"l1": 1}, 1 + 2 + 3 + 4),
+        ({"l1_mean": 1}, 1.5 + 3.5),
+        ({"l1_mean": 0.5, "l2": 0.1}, 0.5 * 5 + 0.1 * 30),
+        ({}, 0),
     ],
 )
-def test_weight_penalty_by_hand(l1, l2, l1_form, l2_form, value):
+def test_weight_penalty_by_hand(weights, value):
     model = SAE(1, 2)
     with torch.no_grad():
         model.W_enc.copy_(torch.tensor([[1.0, -2.0]]))
         model.W_dec.copy_(torch.tensor([[3.0], [-4.0]]))
         model.b_enc.fill_(100)
         model.b_dec.fill_(100)
-    penalty = weight_penalty(model, l1, l2, l1_form, l2_form)
+    penalty = weight_penalty(model, small(**weights))
     assert math.isclose(penalty.item(), value, rel_tol=1e-6)
     if not penalty.requires_grad:
         return
     penalty.backward()
-    for W, n in ((model.W_enc, 2), (model.W_dec, 2)):
-        by_l2 = 2 * W if l2_form == "squares" else W / W.norm()
-        expected = l1 * W.sign() / (n if l1_form == "mean" else 1) + l2 * by_l2
+    by_hand = {"l1": lambda W: W.sign(), "l2": lambda W: 2 * W, "l1_mean": lambda W: W.sign() / 2}
+    by_hand["l2_norm"] = lambda W: W / W.norm()
+    for W in (model.encoder, model.W_dec):
+        expected = sum(weight * by_hand[name](W) for name, weight in weights.items())
         assert torch.allclose(W.grad, expected.detach())
     assert model.b_enc.grad is None
     assert model.b_dec.grad is None
 
 
-def test_frobenius_penalty_of_zero_weights_has_no_gradient_of_nan():
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_of_zero_weights_has_no_gradient_of_nan_and_is_of_no_size(name):
     model = SAE(3, 4)
-    weight_penalty(model, 0, 1, l2_form="norms").backward()
-    assert model.W_enc.grad.isfinite().all()
+    penalty = weight_penalty(model, small(**{name: 1.0}))
+    penalty.backward()
+    assert penalty == 0
+    assert model.encoder.grad.isfinite().all()
+    assert model.W_dec.grad.isfinite().all()
 
 
 # --- initialisation and constraints
@@ -259,17 +276,24 @@ def test_frobenius_penalty_of_zero_weights_has_no_gradient_of_nan():
 
 def test_tied_initialisation_is_a_unit_decoder_and_its_transpose():
     model = SAE(12, 64)
-    initialise(model, small(), data(100))
+    initialise(model, small())
     assert torch.allclose(model.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
     assert torch.equal(model.W_enc, model.W_dec.T)
-    assert torch.equal(model.b_dec, geometric_median(data(100)))
     assert (model.b_enc == 0).all()
+
+
+def test_b_dec_starts_at_the_geometric_median_of_the_first_batch():
+    trainer = Trainer(small(lr=1e-30))
+    trainer.train_step(data(100))
+    assert torch.equal(trainer.sae.b_dec, geometric_median(data(100)))
+    trainer.train_step(data(100, seed=1))
+    assert torch.equal(trainer.sae.b_dec, geometric_median(data(100)))
 
 
 def test_independent_initialisation_is_kaiming_uniform_with_each_matrix_own_fan_in():
     hp = small(tied_init=False, biases=False, d_in=200, d_sae=400)
     model = SAE(200, 400)
-    initialise(model, hp, data(10, 200))
+    initialise(model, hp)
     for W, fan_in in ((model.W_enc, 200), (model.W_dec, 400)):
         bound = math.sqrt(6 / fan_in)
         assert 0.99 * bound < W.abs().max() <= bound
@@ -297,15 +321,16 @@ def test_unit_norm_holds_after_many_steps(arch):
     assert not torch.allclose(train(small(arch)).sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-3)
 
 
-def test_parallel_gradient_is_removed_to_nothing_but_tangents():
-    model = double_sae(small(), data().double())
-    sae_module.rescale_decoder(model)
-    model.W_dec.grad = torch.randn_like(model.W_dec)
-    before = model.W_dec.grad.clone()
-    sae_module.remove_parallel_gradient(model)
-    assert ((model.W_dec.grad * model.W_dec).sum(1)).abs().max() < 1e-12
-    removed = before - model.W_dec.grad  # and what went is parallel to the row
-    assert torch.allclose(removed, (removed * model.W_dec).sum(1, keepdim=True) * model.W_dec, atol=1e-12)
+@pytest.mark.parametrize("arch", TRAINED)
+def test_a_decoder_that_does_not_learn_trains_the_rest(arch):
+    trainer = Trainer(small(arch, unit_norm=True, l2=1e-3))
+    trainer.sae.W_dec.requires_grad_(False)
+    trainer.optimizer = torch.optim.Adam([p for p in trainer.sae.parameters() if p.requires_grad])
+    decoder, encoder = trainer.sae.W_dec.clone(), trainer.sae.encoder.clone()
+    for step in range(12):
+        trainer.train_step(data(seed=step))
+    assert torch.allclose(trainer.sae.W_dec, decoder, atol=1e-6)
+    assert not torch.allclose(trainer.sae.encoder, encoder, atol=1e-3)
 
 
 def test_biases_off_stay_zero():
@@ -318,13 +343,13 @@ def test_biases_off_stay_zero():
 
 
 def train(hp, seed=0, steps=None):
-    trainer = Trainer(hp, data(hp.batch_size, hp.d_in))
+    trainer = Trainer(hp)
     for step in range(steps or hp.steps):
         trainer.train_step(data(hp.batch_size, hp.d_in, seed=seed * 1000 + step))
     return trainer
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_training_lowers_the_error_of_every_architecture(arch):
     hp = small(arch, steps=300, reduction="mean")
     before = train(hp, steps=1)
@@ -336,11 +361,12 @@ def test_training_lowers_the_error_of_every_architecture(arch):
 @pytest.mark.parametrize("unit_norm", [False, True])
 @pytest.mark.parametrize("arch", ["relu", "topk"])
 def test_training_follows_the_schedules_forms_and_constraints_written_out(arch, unit_norm):
-    hp = small(arch, steps=30, warmup=10, decay=0.4, k_anneal=0.5, clip=0.5, l1=0.3, l2=0.01, unit_norm=unit_norm)
-    hp = replace(hp, l1_form="mean", l2_form="norms")
-    trainer = Trainer(hp, data())
+    hp = small(arch, steps=30, warmup=10, decay=0.4, k_anneal=0.5, clip=0.5, l1_mean=0.3, l2_norm=0.01)
+    hp = replace(hp, unit_norm=unit_norm)
+    trainer = Trainer(hp)
     model = SAE(12, 64, arch, 5)
     model.load_state_dict(trainer.sae.state_dict())
+    model.b_dec.data.copy_(geometric_median(data(seed=0)))
     adam = torch.optim.Adam(model.parameters(), lr=hp.lr)
     for step in range(30):
         x = data(seed=step)
@@ -371,11 +397,13 @@ def test_training_follows_the_schedules_forms_and_constraints_written_out(arch, 
 def test_the_log_tells_what_happened_in_its_step(monkeypatch):
     monkeypatch.setattr(sae_module, "LOG_EVERY", 1)
     hp = small("relu", l2=0.1, reduction="mean", dead_after=20)
-    trainer = Trainer(hp, data())
+    trainer = Trainer(hp)
     with torch.no_grad():
         trainer.sae.b_enc[:3] = -1e6
     for step in range(2):
         x, sae = data(seed=step), copy.deepcopy(trainer.sae)
+        if step == 0:
+            sae.b_dec.data.copy_(geometric_median(x))
         trainer.train_step(x)
         row, acts = trainer.metrics[-1], sae.encode(x)
         error = (sae.decode(acts) - x).square()
@@ -390,10 +418,11 @@ def test_the_log_tells_what_happened_in_its_step(monkeypatch):
         assert row["dead"] == (3 if step else 0)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_only_the_log_asks_the_device_for_a_value(arch, monkeypatch):
     """On the meta device, where tensors have no values, whatever would wait for one raises an error."""
-    trainer = Trainer(small(arch, l2=0.1, unit_norm=arch == "topk", threshold_start=0, dead_after=5), data(), "meta")
+    trainer = Trainer(small(arch, l2=0.1, unit_norm=arch == "topk", threshold_start=0, dead_after=5), "meta")
+    trainer.step = 1  # the first one looks at the data, for b_dec
     trainer.device = torch.device("cpu")  # for autocast, which does not know meta
     trainer.optimizer = torch.optim.Adam(trainer.optimizer.param_groups[0]["params"])  # nor does fused Adam
     trainer.metrics.append({"dead": 1})  # so that the auxiliary loss takes part
@@ -407,7 +436,7 @@ def test_only_the_log_asks_the_device_for_a_value(arch, monkeypatch):
 @pytest.mark.parametrize("l2", [0.0, 1e-6])
 def test_a_latent_that_never_fires_vanishes_under_the_penalty_alone(l2):
     hp = small("relu", l2=l2, steps=2000, warmup=0, decay=0.0)
-    trainer = Trainer(hp, data())
+    trainer = Trainer(hp)
     with torch.no_grad():
         trainer.sae.b_enc[0] = -1e6
     for step in range(hp.steps):
@@ -422,36 +451,37 @@ def test_saes_fitted_together_equal_saes_fitted_alone(tmp_path):
 
     def trainers():
         runs = (small("relu", l2=1e-3), small("topk", seed=1), small("batchtopk", steps=30))
-        return {tmp_path / hp.arch: Trainer(hp, data()) for hp in runs}
+        return {tmp_path / hp.arch: Trainer(hp) for hp in runs}
 
     together, alone = trainers(), trainers()
-    fit(together, stream(), threading.Event())
+    fit(together, stream())
     for folder, trainer in alone.items():
-        fit({folder: trainer}, stream(), threading.Event())
+        fit({folder: trainer}, stream())
         assert trainer.step == trainer.hp.steps
         assert torch.equal(trainer.sae.W_enc, together[folder].sae.W_enc)
 
 
-def test_a_trainer_ahead_of_the_stream_waits_and_keeps_its_checkpoint(tmp_path):
-    hp, stop = small(), threading.Event()
+def test_a_trainer_ahead_of_the_stream_waits_and_keeps_its_checkpoint(tmp_path, monkeypatch):
+    hp = small()
     whole, ahead, behind = (train(hp, steps=steps) for steps in (40, 25, 10))
-    ahead.save_checkpoint(tmp_path / "ahead", {"position": 25})
+    save_checkpoint(ahead, tmp_path / "ahead", {"position": 25})
+    monkeypatch.setattr(sae_module, "CHECKPOINT_SECONDS", 0)
 
     def stream():
-        for step in itertools.count(10):
-            if step == 19:
-                stop.set()
+        for step in range(10, 20):
             yield data(seed=step)
+        raise KeyboardInterrupt
 
-    with pytest.raises(RunError, match="interrupted at step 20"):
-        fit({tmp_path / "ahead": ahead, tmp_path / "behind": behind}, stream(), stop, lambda: {"position": 20})
+    with pytest.raises(KeyboardInterrupt):
+        fit({tmp_path / "ahead": ahead, tmp_path / "behind": behind}, stream(), lambda: {"position": 20})
     found = []
     for name in ("ahead", "behind"):
-        trainer = Trainer(hp, data())
-        found.append((trainer.resume(tmp_path / name), trainer.step))
-    assert found == [({"position": 25}, 25), ({"position": 20}, 20)]
+        trainer = Trainer(hp)
+        found.append((resume(trainer, tmp_path / name), trainer.step))
+    assert found[0] == ({"position": 25}, 25)
+    assert 10 < found[1][1] <= 20, "as far as the last checkpoint"
     rest = (data(seed=step) for step in itertools.count(20))
-    fit({tmp_path / "ahead": ahead, tmp_path / "behind": behind}, rest, threading.Event())
+    fit({tmp_path / "ahead": ahead, tmp_path / "behind": behind}, rest)
     for trainer in (ahead, behind):
         assert torch.equal(trainer.sae.W_dec, whole.sae.W_dec)
 
@@ -475,7 +505,7 @@ def test_k_falls_linearly_from_d_in_to_its_target():
 
 
 def test_dead_counters_count_inputs_since_a_latent_fired():
-    trainer = Trainer(small("relu", lr=1e-9), data())
+    trainer = Trainer(small("relu", lr=1e-9))
     with torch.no_grad():
         trainer.sae.b_enc[0] = -1e6
     for step in range(3):
@@ -490,7 +520,7 @@ def test_auxiliary_loss_trains_latents_that_never_win(monkeypatch):
 
     def encoder_norms(aux):
         hp = small(aux=aux, dead_after=32, steps=100, k_anneal=0.0, warmup=0)
-        trainer = Trainer(hp, data())
+        trainer = Trainer(hp)
         with torch.no_grad():
             trainer.sae.W_enc[:, :20] *= 0.01  # positive now and then, never among the top k
         for step in range(hp.steps):
@@ -503,7 +533,7 @@ def test_auxiliary_loss_trains_latents_that_never_win(monkeypatch):
 
 def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
     hp = small("batchtopk", threshold_start=3, lr=1e-9)
-    trainer, expected = Trainer(hp, data()), None
+    trainer, expected = Trainer(hp), None
     for step in range(10):
         x = data(seed=step)
         kept = batchtopk(trainer.sae.pre_acts(x), annealed_k(hp, step)).detach()
@@ -515,28 +545,28 @@ def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
 
 
 def test_batchtopk_without_any_positive_activation_leaves_the_threshold_alone():
-    trainer = Trainer(small("batchtopk"), data())
+    trainer = Trainer(small("batchtopk"))
     trainer.sae.threshold.fill_(0.5)
     trainer.step = 30
     trainer.update_threshold(torch.zeros(4, 64))
     assert (trainer.sae.threshold == 0.5).all()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_same_seed_same_bits_other_seed_other_weights(arch):
     weights = [train(small(arch, seed=seed)).sae.W_dec for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2], atol=1e-3)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_resumed_training_equals_uninterrupted_bit_for_bit(arch, tmp_path):
     hp = small(arch, steps=250, dead_after=64, l2=1e-3)
     whole = train(hp)
     half = train(hp, steps=133)
-    half.save_checkpoint(tmp_path)
-    resumed = Trainer(hp, data())
-    resumed.resume(tmp_path)
+    save_checkpoint(half, tmp_path)
+    resumed = Trainer(hp)
+    resume(resumed, tmp_path)
     for step in range(resumed.step, hp.steps):
         resumed.train_step(data(seed=step))
     for name, tensor in whole.sae.state_dict().items():
@@ -555,25 +585,24 @@ def test_bfloat16_follows_float32_within_its_rounding():
     assert not torch.equal(exact.sae.W_enc, rounded.sae.W_enc)
 
 
-def test_auto_dtype_asks_the_hardware(monkeypatch):
-    for flags, expected in (
-        ("flags: avx2 amx_bf16 amx_tile", True),
-        ("flags: avx512_bf16", True),
-        ("flags: avx2", False),
-    ):
-        monkeypatch.setattr(sae_module, "cpu_flags", lambda flags=flags: flags)
+def test_auto_dtype_asks_the_hardware(monkeypatch, tmp_path):
+    for flags, expected in (("avx2 amx_bf16 amx_tile", True), ("avx512_bf16", True), ("avx2", False)):
+        (tmp_path / "cpuinfo").write_text(f"flags: {flags}")
+        monkeypatch.setattr(sae_module, "CPU", tmp_path / "cpuinfo")
         assert use_bfloat16("auto", torch.device("cpu")) is expected
+    monkeypatch.setattr(sae_module, "CPU", tmp_path / "no such file")
+    assert use_bfloat16("auto", torch.device("cpu")) is False
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     trainer = train(small("relu", steps=1000), steps=10)
-    trainer.save_checkpoint(tmp_path)
+    save_checkpoint(trainer, tmp_path)
     good = (tmp_path / "checkpoint.pt").read_bytes()
     with torch.no_grad():
         trainer.sae.W_enc[0, 0] = math.nan
-    with pytest.raises(RunError, match="not finite at step 10: lower"):
-        trainer.save_checkpoint(tmp_path)
-    with pytest.raises(RunError, match="not finite at step 100"):
+    with pytest.raises(UserError, match="not finite at step 10: lower"):
+        save_checkpoint(trainer, tmp_path)
+    with pytest.raises(UserError, match="not finite at step 100"):
         for step in range(100):
             trainer.train_step(data(seed=step))
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
@@ -593,52 +622,113 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
         ({"lr": 0.0}, "--lr 0.0"),
         ({"d_sae": 0, "k": 0}, "--d-sae 0"),
         ({"arch": "matryoshka", "d_sae": 20}, "--d-sae 20"),
-        ({"l2_form": "cubes"}, "--l2-form cubes"),
+        ({"l1_mean": math.inf}, "--l1-mean inf"),
+        ({"reduction": "max"}, "--reduction max: choose from sum, mean"),
         ({"dtype": "float8"}, "--dtype float8"),
         ({"decay": 1.5}, "--decay 1.5"),
-        ({"seed": 2**64}, "--seed 18446744073709551616: give a number below"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: give a number from 0 to"),
+        ({"dead_after": 10**400}, "--dead-after 1000"),
     ],
 )
 def test_settings_that_cannot_work_name_their_flag(wrong, message):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UserError) as error:
         Hparams(**SMALL | wrong)
     assert message in str(error.value)
 
 
+def swept(*line):
+    """{name: Hparams} of a command line."""
+    parser = Parser()
+    parser.add_settings(("d_in", "steps", "length"))
+    parser.add_argument("--epochs", type=int, default=5)
+    complete = lambda given, args: {"d_in": 12, "steps": args.epochs, "length": f"{args.epochs} epochs"}
+    return sweep(parser, parser.parse_args([*line, *([] if "--d-sae" in line else ["--d-sae", "64"])]), complete)
+
+
 def test_run_names_tell_settings_apart():
-    usual = Hparams()
-    assert run_name(Hparams(l2=1e-4), usual) == "topk_k40_l2-0.0001_seed0"
-    assert (
-        run_name(Hparams(arch="relu", l1=1e-3, unit_norm=True, seed=2), usual) == "relu_l2-0_l1-0.001_unit-norm_seed2"
-    )
-    changes = [{"lr": 1e-3}, {"k": 80}, {"l2": 1e-5}, {"seed": 1}, {"data_seed": 1}, {"tied_init": False}, {"steps": 9}]
-    names = {run_name(Hparams(**change), usual) for change in [{}, *changes]}
-    assert len(names) == len(changes) + 1
+    line = ["--d-sae", "16384"]
+    assert [*swept(*line, "--l2", "1e-4")] == ["topk_k40_l2-0.0001_seed0"]
+    (name,) = swept(*line, "--arch", "relu", "--l1", "1e-3", "--unit-norm", "--seed", "2", "--epochs", "9")
+    assert name == "relu_l2-0_l1-0.001_unit-norm_9-epochs_seed2"
+    changes = [[], ["--lr", "1e-3"], ["--k", "80"], ["--l2", "1e-5"], ["--seed", "1"], ["--data-seed", "1"]]
+    changes += [["--tied-init", "off"], ["--epochs", "9"], ["--batch-size", "64"], ["--layer", "2"], ["--warmup", "1"]]
+    changes += [["--warmup", "0"], ["--l2", "1.23456789e-5"], ["--l2", "1.23456788e-5"]]
+    names = {name for change in changes for name in swept(*line, *change)}
+    assert len(names) == len(changes)
+
+
+def test_every_setting_of_one_sae_sweeps_and_is_named_by_its_flag():
+    parser = Parser()
+    parser.add_settings(())
+    for known in fields(Hparams):
+        value = {bool: "off", str: (known.metadata["choices"]() or ["words"])[-1]}.get(known.type, "1")
+        several = [value] if known.metadata["stream"] else [value, value]
+        args = parser.parse_args([sae_module.flag(known.name), *several])
+        found = getattr(args, known.name)
+        assert found == known.type(value == "on" if known.type is bool else value) or len(found) == 2
+        assert known.metadata["help"] in " ".join(parser.format_help().split())
+
+
+def test_what_an_architecture_does_not_use_makes_no_second_run_of_it():
+    runs = swept("--arch", "relu", "topk", "--k", "8", "16", "--sparsity", "0.1", "0.2")
+    assert sorted(runs) == [
+        "relu_l2-0_d-sae-64_sparsity-0.1_seed0",
+        "relu_l2-0_d-sae-64_sparsity-0.2_seed0",
+        "topk_k16_l2-0_d-sae-64_seed0",
+        "topk_k8_l2-0_d-sae-64_seed0",
+    ]
+    assert small("relu", k=7) == small("relu", k=9)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--l2", "-1"], "--l2 -1.0: give a number from 0 to"),
+        (["--l2", "x"], "argument --l2: invalid float value: 'x'"),
+        (["--arch", "gated"], "--arch gated: choose from relu, topk, batchtopk, matryoshka"),
+        (["--arch", "jumprelu"], "--arch jumprelu: choose from"),
+        (["--k", "100"], "--k 100: give a number from 1 to --d-sae, which is 64"),
+        (["--unit-norm", "maybe"], "argument --unit-norm: invalid on_or_off value: 'maybe'"),
+        (["--l", "1"], "unrecognized arguments: --l 1"),
+        (["--batch-size", "1", "2"], "unrecognized arguments: 2"),
+        (["--l2"], "argument --l2: expected at least one argument"),
+    ],
+)
+def test_argparse_refuses_what_cannot_work_in_one_line(line, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        swept(*line)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 # --- files
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TRAINED)
 def test_save_and_load_round_trip(arch, tmp_path):
-    trainer = train(small(arch))
-    trainer.finish(tmp_path, {"seed": 3, "l2": 1e-4})
+    trainer = train(small(arch, seed=3))
+    save_run(trainer, tmp_path, {"model_name": "EleutherAI/pythia-70m-deduped"})
     loaded, x = SAE.load(tmp_path), data(30)
     trainer.sae.eval()
     assert torch.equal(loaded.encode(x), trainer.sae.encode(x))
     assert torch.equal(loaded(x), trainer.sae(x))
-    assert (loaded.arch, loaded.k) == (arch, 5)
+    assert (loaded.arch, loaded.k) == (arch, trainer.hp.k)
     assert loaded.metadata["seed"] == 3
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     expected = {"d_in": 12, "d_sae": 64, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
     expected |= {"normalize_activations": "none", "reshape_activations": "none"}
-    expected |= {"architecture": {"relu": "standard", "topk": "topk"}.get(arch, "jumprelu")}
-    expected |= {"k": 5, "rescale_acts_by_decoder_norm": False} if arch == "topk" else {}
+    expected |= {"architecture": ARCHS[arch].saelens}
+    expected |= {"k": 5, "rescale_acts_by_decoder_norm": False} if ARCHS[arch].saelens == "topk" else {}
     metadata = cfg.pop("metadata")
     assert cfg == expected
     assert metadata["sae_lens_version"] == "6.0.0"
+    assert metadata["model_from_pretrained_kwargs"] == {}
+    assert metadata["model_name"] == "EleutherAI/pythia-70m-deduped"
+    assert {*PENALTIES, "seed", "data_seed"} <= set(metadata)
     shapes = {"W_enc": [12, 64], "b_enc": [64], "W_dec": [64, 12], "b_dec": [12]}
-    shapes |= {} if arch in ("relu", "topk") else {"threshold": [64]}
+    shapes |= {"threshold": [64]} if ARCHS[arch].saelens == "jumprelu" else {}
     with safe_open(tmp_path / "sae_weights.safetensors", "pt") as file:
         assert {name: file.get_slice(name).get_shape() for name in file.keys()} == shapes  # noqa: SIM118
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
@@ -699,7 +789,7 @@ def test_load_takes_topk_as_saelens_wrote_it_before_version_6(cfg, tmp_path):
 
 @pytest.mark.parametrize("k", [None, 0, 65, -1, "many"])
 def test_a_topk_sae_needs_a_k_that_fits(k, tmp_path):
-    with pytest.raises(UsageError):
+    with pytest.raises(UserError):
         foreign(tmp_path, {"architecture": "topk", "k": k}, random_tensors())
 
 
@@ -714,6 +804,9 @@ def test_load_reads_the_linear_layers_of_dictionary_learning(kind, tmp_path):
     loaded = SAE.load(tmp_path)
     centred = x if kind == "AutoEncoderNew" else x - t["b_dec"]
     pre = (centred @ t["W_enc"] + t["b_enc"]).relu()
+    if kind == "AutoEncoder":  # its loader moves the decoder's norms to the encoder
+        norm = t["W_dec"].norm(dim=1)
+        pre, t["W_dec"] = pre * norm, t["W_dec"] / norm[:, None]
     acts = {"AutoEncoderTopK": topk(pre, 7), "BatchTopKSAE": torch.where(pre > 0.8, pre, 0)}.get(kind, pre)
     assert torch.allclose(loaded.encode(x), acts, atol=1e-5)
     assert torch.allclose(loaded(x), acts @ t["W_dec"] + t["b_dec"], atol=1e-4)
@@ -734,17 +827,28 @@ class Bomb:
         return (open, ("bomb_went_off", "w"))
 
 
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(train(small(), steps=3), tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for write in (lambda f: torch.save(state | {"stream": Bomb()}, f), lambda f: f.write_bytes(pickle.dumps(Bomb()))):
+        write(tmp_path / "checkpoint.pt")
+        with pytest.raises(UserError, match="is damaged"):
+            resume(Trainer(small()), tmp_path)
+    assert not (tmp_path / "bomb_went_off").exists()
+
+
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
     for write in (lambda f: torch.save({"bias": Bomb()}, f), lambda f: f.write_bytes(pickle.dumps(Bomb()))):
         write(tmp_path / "ae.pt")
-        with pytest.raises(UsageError, match="holds more than tensors"):
+        with pytest.raises(UserError, match=r"not a whole SAE .UnpicklingError"):
             SAE.load(tmp_path)
     assert not (tmp_path / "bomb_went_off").exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "no_weights", "cut", "no_cfg_keys", "bad_json", "gated", "missing_tensor"])
+@pytest.mark.parametrize("damage", ["empty", "no_weights", "cut", "bad_json", "gated", "missing_tensor"])
 def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
     folder = tmp_path / "run"
     if damage == "empty":
@@ -756,8 +860,6 @@ def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
             weights.unlink()
         elif damage == "cut":
             weights.write_bytes(weights.read_bytes()[:1000])
-        elif damage == "no_cfg_keys":
-            cfg.write_text("{}")
         elif damage == "bad_json":
             cfg.write_text('{"architecture": ')
         elif damage == "gated":
@@ -765,10 +867,10 @@ def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
         else:
             foreign_tensors = random_tensors()
             del foreign_tensors["W_dec"]
-            with pytest.raises(UsageError, match="W_dec"):
+            with pytest.raises(UserError, match="W_dec"):
                 foreign(folder, {"architecture": "standard"}, foreign_tensors)
             return
-    with pytest.raises(UsageError, match="run"):
+    with pytest.raises(UserError, match="run"):
         SAE.load(folder)
 
 
@@ -776,78 +878,113 @@ def test_a_folder_without_a_whole_sae_says_what_is_wrong(damage, tmp_path):
 def test_weights_that_are_not_finite_are_refused_rather_than_counted_as_dead(value, tmp_path):
     tensors = random_tensors()
     tensors["W_dec"][3] = value
-    with pytest.raises(UsageError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         foreign(tmp_path, {"architecture": "standard"}, tensors)
 
 
 @pytest.mark.parametrize("text", ["[1]", "null", "3", "[" * 100_000, '{"hparams": null}', '{"hparams": [1]}'])
 def test_settings_that_are_no_object_are_an_error(text, tmp_path):
     (tmp_path / "hparams.json").write_text(text)
-    with pytest.raises(UsageError, match=r"hparams\.json"):
+    with pytest.raises(UserError, match=r"hparams\.json"):
         is_complete(tmp_path, small())
 
 
 def test_a_run_whose_weights_are_gone_is_not_complete(tmp_path):
-    train(small()).finish(tmp_path, {})
+    save_run(train(small()), tmp_path, {})
     assert is_complete(tmp_path, small())
     (tmp_path / "sae_weights.safetensors").unlink()
     assert not is_complete(tmp_path, small())
 
 
-@pytest.mark.parametrize("change", ["step", "metrics", "moments"])
-def test_a_checkpoint_that_does_not_fit_the_run_is_damaged(change, tmp_path):
-    train(small(), steps=3).save_checkpoint(tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    if change == "step":
-        state["step"] = 1000
-    elif change == "metrics":
-        state["metrics"] = None
-    else:
+@pytest.mark.parametrize("change", ["metrics", "moments", "a parameter more", "a parameter less", "another shape"])
+def test_a_checkpoint_that_does_not_fit_the_code_says_what_differs(change, tmp_path):
+    save_checkpoint(train(small(), steps=3), tmp_path)
+    state, said = torch.load(tmp_path / "checkpoint.pt", weights_only=True), ""
+    if change == "metrics":
+        del state["metrics"]
+        said = "metrics"
+    elif change == "moments":
         state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+        said = "moments of other shapes"
+    elif change == "a parameter more":
+        state["sae"]["gate"] = torch.zeros(3)
+        said = 'Unexpected key\\(s\\) in state_dict: "gate"'
+    elif change == "a parameter less":
+        del state["sae"]["b_enc"]
+        said = 'Missing key\\(s\\) in state_dict: "b_enc"'
+    else:
+        state["sae"]["b_enc"] = torch.zeros(3)
+        said = "size mismatch for b_enc"
     torch.save(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(UsageError, match="damaged"):
-        Trainer(small(), data()).resume(tmp_path)
+    with pytest.raises(UserError, match=f"does not fit this code .*{said}.*give another --out") as error:
+        resume(Trainer(small()), tmp_path)
+    assert "delete" not in str(error.value)
 
 
 def test_an_unfinished_run_folder_says_so(tmp_path):
-    train(small(), steps=2).save_checkpoint(tmp_path)
-    with pytest.raises(UsageError, match="unfinished"):
+    save_checkpoint(train(small(), steps=2), tmp_path)
+    with pytest.raises(UserError, match="unfinished"):
         SAE.load(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -200])
 def test_a_damaged_checkpoint_names_itself_and_the_way_out(cut, tmp_path):
-    train(small(), steps=2).save_checkpoint(tmp_path)
+    save_checkpoint(train(small(), steps=2), tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged .* delete it to start over"):
-        Trainer(small(), data()).resume(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .* move it away to start over"):
+        resume(Trainer(small()), tmp_path)
 
 
 def test_a_folder_of_other_settings_is_not_taken_for_this_run(tmp_path):
-    write_hparams(tmp_path, small(lr=0.5), complete=True, bfloat16=False)
-    with pytest.raises(UsageError, match=r"--lr 0\.5 instead of 0\.01: give another --out"):
+    write_hparams(Trainer(small(lr=0.5)), tmp_path, complete=True)
+    with pytest.raises(UserError, match=r"--lr 0\.5 instead of 0\.01: give another --out"):
         is_complete(tmp_path, small())
-    train(small(lr=0.5), steps=2).save_checkpoint(tmp_path)
-    with pytest.raises(UsageError, match=r"--lr 0\.5 instead of 0\.01"):
-        Trainer(small(), data()).resume(tmp_path)
+
+
+def test_runs_of_the_time_when_penalties_had_forms_are_still_complete(tmp_path):
+    save_run(train(small(l1_mean=1e-3, l2=1e-4)), tmp_path, {})
+    found = json.loads((tmp_path / "hparams.json").read_text())
+    settings = found["hparams"]
+    settings |= {"l1": settings.pop("l1_mean"), "l1_form": "mean", "l2_form": "squares"}
+    del settings["l2_norm"], settings["length"]
+    (tmp_path / "hparams.json").write_text(json.dumps(found))
+    assert is_complete(tmp_path, small(l1_mean=1e-3, l2=1e-4))
+    assert set(sae_module.read_hparams(tmp_path)) == {known.name for known in fields(Hparams)}
 
 
 def test_a_fork_with_a_new_setting_keeps_its_finished_runs(tmp_path):
-    train(small()).finish(tmp_path, {})
+    save_run(train(small()), tmp_path, {})
     found = json.loads((tmp_path / "hparams.json").read_text())
     del found["hparams"]["aux"]  # as written before there was such a setting
     (tmp_path / "hparams.json").write_text(json.dumps(found))
     assert is_complete(tmp_path, small())
-    with pytest.raises(UsageError, match="--aux"):
+    with pytest.raises(UserError, match="--aux"):
         is_complete(tmp_path, small(aux=0.5))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RunError, match="No space left on device"), replacing(path) as temporary:
+    with pytest.raises(UserError, match="No space left on device"), replacing(path) as temporary:
         temporary.write_text("half of the n")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_where_nothing_can_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(UserError, match=r"nothing can be written in .*: give another folder"):
+            make_folder(folder)
+
+
+def test_a_fine_tuned_sae_of_saelens_5_scales_its_activations_in_decoding(tmp_path):
+    t, x = random_tensors(), data(9)
+    factor = data(1, 64, seed=8)[0].abs()
+    loaded = foreign(tmp_path, {"finetuning_scaling_factor": True}, t | {"finetuning_scaling_factor": factor})
+    acts = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    assert loaded.arch == "relu", "no architecture means standard"
+    assert torch.allclose(loaded.encode(x), acts, atol=1e-5)
+    assert torch.allclose(loaded(x), (acts * factor) @ t["W_dec"] + t["b_dec"], atol=1e-4)

@@ -13,7 +13,7 @@ from scipy import stats
 
 import evaluate
 import steer
-from sae import SAE, UsageError
+from sae import SAE, UserError
 from train_pythia import residual_stream, spliced
 
 FAMILIES = ["gpt_neox", "gpt2", "llama"]
@@ -22,7 +22,7 @@ PROMPT = [5, 17, 40]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(evaluate, "WAIT", 0.001)
+    monkeypatch.setattr(evaluate, "BACKOFF", 0.001)
     monkeypatch.setattr(steer, "RESAMPLES", 1000)
 
 
@@ -84,7 +84,7 @@ def test_generation_in_half_precision_stays_there():
     acts, perplexity = steer.read_back(model, 2, sae, PROMPT, texts, torch.arange(6))
     assert acts.isfinite().all()
     assert perplexity.isfinite().all()
-    steer.predictors(model, 2, PROMPT, vectors(), steer.promoted_tokens(model, vectors(), 3))
+    assert steer.promoted_tokens(model, vectors(), 3).shape == (6, 3)
 
 
 def test_the_order_of_the_texts_has_nothing_to_do_with_their_draws():
@@ -183,37 +183,6 @@ def test_promoted_tokens_go_through_final_norm_and_unembedding(family):
     assert got.tolist() == logits.topk(4).indices.tolist()
 
 
-def test_output_score_and_token_confidence_by_hand():
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    p = logits[0].softmax(0)
-    score = steer.output_score(logits, torch.tensor([[2, 0], [0, 1]]))
-    assert score[0].item() == pytest.approx(p[2].item() * (1 - 2 / 4))  # two tokens are likelier than the best
-    assert score[1].item() == pytest.approx(1 / 4)
-    confidence = steer.token_confidence(logits, k=2)
-    assert confidence[0].item() == pytest.approx(-(p[1].log() + p[3].log()).item() / 2)
-    assert confidence[1].item() == pytest.approx(np.log(4))
-
-
-def test_predictors_steer_at_the_last_position_only():
-    model, promoted = lively(), torch.arange(12).view(6, 2)
-    score, delta = steer.predictors(model, 2, PROMPT, vectors(), promoted)
-    plain = torch.zeros(1, 16)
-    none = steer.predictors(model, 2, PROMPT, plain, promoted[:1])
-    assert none[1].item() == 0
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPT])).logits[:, -1]
-    assert torch.allclose(none[0], steer.output_score(logits, promoted[:1]))
-    after = steer.generate(model, 2, PROMPT[:-1], vectors(), uniform(steps=1), 0)  # unsteered prompt
-    assert after.shape == (6, 1)
-    for row in range(6):
-        at_last = torch.tensor([[[0.0], [0.0], [1.0]]]) * vectors()[row]
-        with spliced(model, 2, lambda resid, at_last=at_last: resid + at_last), torch.no_grad():
-            steered = model(input_ids=torch.tensor([PROMPT])).logits[:, -1]
-        expected = steer.token_confidence(steered) - steer.token_confidence(logits)
-        assert delta[row].item() == pytest.approx(expected.item(), abs=1e-4)
-        assert score[row].item() == pytest.approx(steer.output_score(steered, promoted[row : row + 1]).item(), abs=1e-5)
-
-
 # --- ratings
 
 
@@ -223,17 +192,12 @@ def test_predictors_steer_at_the_last_position_only():
         ("4", 4),
         ("4.", 4),
         ("**5**", 5),
-        ("Rating: 2", 2),
-        ("3/5", 3),
-        ("4 out of 5", 4),
-        ("Text B is about food.\n1", 1),
-        ("The answer is 2.", 2),
-        ("B has 7 of them.\n1", None),
+        ("Text B is about food.\n1\n", 1),
+        ("B has 7 of them.\n1", 1),
+        ("3/5", None),
+        ("Rating: 2", None),
         ("5\n\nText B mentions 1 animal.", None),
-        ("Text A: 1/5, text B: 5/5", None),
-        ("Rating of text 2: 4/5", None),
         ("Text B mentions 3 dogs", None),
-        ("The 2nd text is clearly more related.", None),
         ("-1", None),
         ("0", None),
         ("6", None),
@@ -244,7 +208,7 @@ def test_predictors_steer_at_the_last_position_only():
         ("", None),
     ],
 )
-def test_ratings_are_read_kindly_but_not_guessed(text, rating):
+def test_ratings_are_read_in_the_form_asked_for_and_not_guessed(text, rating):
     assert steer.parse_rating(text) == rating
 
 
@@ -317,8 +281,8 @@ def test_the_fixed_order_shows_the_unsteered_text_first(chat, tmp_path):
 def test_features_without_an_explanation_are_not_rated_but_counted(chat, tmp_path):
     rows, chat.answer = planted_rows(10), word_judge
     for row in rows:
-        row |= {"echo": 1.0, "echo_control": -1.0, "promoted": 0.5, "promoted_control": 0.0, "output_score": 0.1}
-        row |= {"perplexity": 9.0, "perplexity_control": 8.0, "perplexity_original": 7.0, "delta_confidence": 0.1}
+        row |= {"echo": 1.0, "echo_control": -1.0, "promoted": 0.5, "promoted_control": 0.0}
+        row |= {"perplexity": 9.0, "perplexity_control": 8.0, "perplexity_original": 7.0}
         if row["feature"] < 4:
             row |= {"explanation": None, "autointerp_score": None}
     steer.rate(rows, [evaluate.Judge(chat.url, "wise", tmp_path / "answers.jsonl")], args())
@@ -335,11 +299,15 @@ def test_features_without_an_explanation_are_not_rated_but_counted(chat, tmp_pat
 # --- statistics
 
 
-def test_wilson_equals_scipy():
+def test_rates_have_wilson_intervals_by_hand_and_leave_out_what_was_not_rated():
     for successes, n in ((0, 10), (3, 10), (10, 10), (57, 900)):
-        expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
-        assert steer.wilson(successes, n) == pytest.approx([expected.low, expected.high], abs=1e-4)
-    assert steer.wilson(0, 0) is None
+        found, z = steer.rate_with_interval([1.0] * successes + [0.0] * (n - successes) + [None]), stats.norm.ppf(0.975)
+        rate = successes / n
+        middle, half = rate + z * z / 2 / n, z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+        expected = [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+        assert found["interval"] == pytest.approx(expected, abs=1e-9)
+        assert (found["rate"], found["n"]) == (rate, n)
+    assert steer.rate_with_interval([None]) == {"rate": None, "interval": None, "n": 0}
 
 
 def rated(outcomes, first=0, score=None, control=None):
@@ -379,11 +347,11 @@ def test_a_setting_whose_random_directions_succeed_as_often_has_no_advantage():
     texts = [generator.random((2, 150, 3)) < rate for rate in (0.1, 0.4)]  # steered and control alike
     a, b = (rated(steered, control=control) for steered, control in texts)
     result = steer.compare(a, b, steer.success_of)
-    assert result["permutation_p"] < 0.001
+    assert result["permutation_p"] < 0.005
     assert result["over_control"]["permutation_p"] > 0.05
     assert result["over_control"]["differences"] == pytest.approx([0, 0], abs=0.05)
     better = rated(generator.random((150, 3)) < 0.6, control=texts[1][1])
-    assert steer.compare(a, better, steer.success_of)["over_control"]["permutation_p"] < 0.001
+    assert steer.compare(a, better, steer.success_of)["over_control"]["permutation_p"] < 0.005
     assert "over_control" not in steer.compare(rated([[1]]), rated([[0]]), steer.success_of)
 
 
@@ -391,12 +359,13 @@ def test_the_permutation_test_is_fair_without_a_difference_and_finds_one():
     generator = np.random.default_rng(0)
     found = []
     for _ in range(60):
-        a, b = ({f: list(generator.random(3) < 0.4) for f in range(20)} for _ in range(2))
-        found.append(steer.permutation_test(a, b, generator))
-    assert 0.35 < np.mean(found) < 0.65
+        a, b = ({f: generator.binomial(3, 0.4) / 3 for f in range(20)} for _ in range(2))
+        found.append(steer.permutation_test(a, b))
+    assert 0.35 < np.mean(found) < 0.75
     assert np.mean(np.array(found) < 0.1) < 0.25
-    a, b = ({f: list(generator.random(3) < p) for f in range(40)} for p in (0.2, 0.8))
-    assert steer.permutation_test(a, b, generator) < 0.01
+    a, b = ({f: generator.binomial(3, p) / 3 for f in range(40)} for p in (0.2, 0.8))
+    assert steer.permutation_test(a, b) < 0.01
+    assert steer.permutation_test({0: 1.0}, {1: 1.0}) == 1
 
 
 def test_correlations_and_slopes_of_two_settings_are_told_apart():
@@ -405,32 +374,30 @@ def test_correlations_and_slopes_of_two_settings_are_told_apart():
     flat = rated([list(generator.random(3) < 0.5) for _ in score], score=score.tolist())
     steep = rated([list(generator.random(3) < s) for s in score], score=score.tolist())
     result = steer.compare(flat, steep, steer.success_of)
-    assert result["correlations_differ"]["p"] < 0.01
-    assert result["slopes_differ"]["p"] < 0.01
-    assert result["correlations_differ_by_feature"]["p"] < 0.01
-    line = stats.linregress(np.repeat(score, 3), [steer.success_of(row) for row in steep])
-    second = result["correlations"][1]
+    for differ in ("differ", "differ_by_feature"):
+        assert result[differ]["correlations"]["p"] < 0.01
+        assert result[differ]["slopes"]["p"] < 0.01
+    outcomes = [steer.success_of(row) for row in steep]
+    line, second = stats.linregress(np.repeat(score, 3), outcomes), result["correlations"][1]
     assert second["slope"] == pytest.approx(line.slope)
-    assert second["slope_interval"][0] < second["slope"] < second["slope_interval"][1]
-    assert second["r_interval"][0] < second["r"] < second["r_interval"][1]
-    assert second["spearman"] == pytest.approx(
-        stats.spearmanr(np.repeat(score, 3), [steer.success_of(r) for r in steep])[0]
-    )
-    same = steer.compare(steep, steep, steer.success_of)
-    assert same["correlations_differ"]["p"] == 1
+    assert second["interval"][0] < second["r"] < second["interval"][1]
+    assert second["spearman"] == pytest.approx(stats.spearmanr(np.repeat(score, 3), outcomes)[0])
+    means = np.array(outcomes).reshape(300, 3).mean(1)
+    assert second["by_feature"]["r"] == pytest.approx(stats.pearsonr(score, means)[0])
+    assert second["by_feature"]["n"] == 300
+    assert steer.compare(steep, steep, steer.success_of)["differ"]["correlations"]["p"] == 1
 
 
-def test_the_bootstrap_draws_features_and_not_texts():
+def test_features_count_and_not_texts():
     generator = np.random.default_rng(2)
     score = generator.uniform(0, 1, 40)
     outcomes = [[bool(generator.random() < 0.5)] for _ in score]
     once = steer.correlation(rated(outcomes, score=score.tolist()), steer.success_of)
     many = steer.correlation(rated([o * 25 for o in outcomes], score=score.tolist()), steer.success_of)
-    assert many["p"] < once["p"]
-    assert many["slope_error_by_feature"] == pytest.approx(once["slope_error_by_feature"], rel=0.01)
-    assert many["slope_error"] < 0.5 * once["slope_error"]
-    width = [found["r_interval"][1] - found["r_interval"][0] for found in (once, many)]
-    assert width[0] == pytest.approx(width[1], rel=0.01)
+    assert many["p"] < once["p"], "texts over texts, as the study has it"
+    for name, value in once["by_feature"].items():
+        assert many["by_feature"][name] == pytest.approx(value)
+    assert (many["n"], many["by_feature"]["n"]) == (1000, 40)
 
 
 def test_a_comparison_without_spread_is_none_and_no_crash():
@@ -440,12 +407,7 @@ def test_a_comparison_without_spread_is_none_and_no_crash():
     assert steer.compare(rated([[True]]), rated([[True]]), steer.success_of)["chi_squared"] is None
 
 
-def test_kappa_and_alpha_by_known_values():
-    assert steer.cohen_kappa([1] * 20 + [1] * 5 + [0] * 10 + [0] * 15, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15) == (
-        pytest.approx(0.4)
-    )
-    assert steer.cohen_kappa([1, 0], [1, 0]) == 1
-    assert steer.cohen_kappa([1, 1], [1, 1]) is None
+def test_krippendorffs_alpha_by_known_values():
     table = ["12332141" + "2" + "   ", "12332241" + "25" + " 3", " 3332342" + "251 ", "12332441" + "251 "]
     units = [[int(row[i]) for row in table if row[i] != " "] for i in range(12)]
     assert steer.krippendorff_alpha(units) == pytest.approx(0.849, abs=0.001)
@@ -521,10 +483,6 @@ def test_the_command_with_two_judges(run_folder, chat, tmp_path, capsys):
     for folder in run_folder:
         autointerp(folder, chat, "--n", 6, "--min-activations", 0)
     flags = ("--judge", "one", "two", "--base-url", chat.url)
-    before = len(chat.requests)
-    run(run_folder, tmp_path / "report", *flags, "--dry-run")
-    assert len(chat.requests) == before
-    assert "requests, about" in capsys.readouterr().out
     run(run_folder, tmp_path / "report", *flags)
     assert (tmp_path / "report" / "scores.png").exists()
     result = json.loads((run_folder[0] / "steering.json").read_text())
@@ -540,7 +498,7 @@ def test_the_command_with_two_judges(run_folder, chat, tmp_path, capsys):
 def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
     autointerp(run_folder[0], chat)
     (run_folder[1] / "autointerp.json").write_text((run_folder[0] / "autointerp.json").read_text())
-    with pytest.raises(UsageError, match="is of another SAE"):
+    with pytest.raises(UserError, match=r"is of another SAE .* repeat evaluate\.py autointerp"):
         run(run_folder[1:], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -549,16 +507,17 @@ def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
     ("flags", "message"),
     [
         (["--prompts", ""], "--prompts"),
-        (["--mode", "loud"], "--mode loud"),
+        (["--mode", "loud"], "argument --mode: invalid choice: 'loud'"),
         (["--features", 64], "--features 64"),
         (["--strength", "nan"], "--strength"),
         (["--base-url", "http://a", "http://b", "--judge", "one"], "2 addresses for 1 judges"),
-        (["--new-tokens", 0], "--new-tokens 0"),
+        (["--new-tokens", 0], "--new-tokens: 0: give 1 or more"),
+        (["--judge-options", "x"], "--judge-options"),
+        (["--temperature", "nan"], "--temperature: nan"),
         (["--judge", "a", "a"], "the same name twice"),
         (["--judge", "a", "b", "--base-url", "http://a", "http://b"], "--api-key-env"),
     ],
 )
-def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, tmp_path):
-    with pytest.raises(UsageError, match=message):
-        run(run_folder, tmp_path / "report", *flags)
+def test_a_command_line_that_cannot_work_says_why(flags, message, run_folder, tmp_path, refusal):
+    assert message in refusal(steer.main, [*run_folder, "--out", tmp_path / "report", "--device", "cpu", *flags])
     assert not (run_folder[0] / "steering.json").exists()

@@ -15,8 +15,8 @@ import torch
 import torchvision
 
 import train_mnist
-from sae import SAE, UsageError
-from train_mnist import N_IMAGES, batches, draw_glyphs, load_images, parse, sweep
+from sae import SAE, UserError
+from train_mnist import DATA, batches, draw_glyphs, load_images, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--data", "glyphs", "--d-sae", "64", "--epochs", "1", "--batch-size", "1000"]
@@ -27,6 +27,12 @@ needs_mnist = pytest.mark.skipif(not REAL_MNIST, reason="SAE_MNIST_DIR names no 
 def command(*arguments, **others):
     line = [sys.executable, "train_mnist.py", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, **others)
+
+
+def settings(*line):
+    """The Hparams of a command line for one SAE."""
+    (hp,) = parse([*line])[1].values()
+    return hp
 
 
 def weights(folder):
@@ -52,7 +58,7 @@ def test_glyphs_are_the_same_every_time_and_all_different():
 
 def test_every_epoch_shows_every_image_once_in_another_order():
     images = torch.arange(1050.0)[:, None]
-    hp = next(iter(sweep(parse(["--batch-size", "100"])).values()))
+    hp = settings("--batch-size", "100")
     stream = batches(images, hp)
     epochs = [torch.cat([next(stream) for _ in range(11)]).flatten() for _ in range(3)]
     for epoch in epochs:
@@ -63,7 +69,7 @@ def test_every_epoch_shows_every_image_once_in_another_order():
 
 @pytest.mark.parametrize("first", [1, 10, 11, 25])
 def test_batches_can_start_anywhere_in_the_stream(first):
-    images, hp = torch.randn(1050, 2), next(iter(sweep(parse(["--batch-size", "100"])).values()))
+    images, hp = torch.randn(1050, 2), settings("--batch-size", "100")
     stream, later = batches(images, hp), batches(images, hp, first)
     for _ in range(first):
         next(stream)
@@ -75,8 +81,8 @@ def test_seed_and_data_seed_act_apart(tmp_path):
     seen = {}
     images = draw_glyphs(2000)
     for seed, data_seed in ((0, 0), (1, 0), (0, 1)):
-        (hp,) = sweep(parse([*TINY, "--seed", str(seed), "--data-seed", str(data_seed)])).values()
-        trainer = train_mnist.Trainer(hp, images[:10])
+        hp = settings(*TINY, "--seed", str(seed), "--data-seed", str(data_seed))
+        trainer = train_mnist.Trainer(hp)
         stream = batches(images, hp)
         seen[seed, data_seed] = trainer.sae.W_dec.detach().clone(), torch.stack([next(stream) for _ in range(4)])
     weights, order = 0, 1
@@ -86,25 +92,51 @@ def test_seed_and_data_seed_act_apart(tmp_path):
     assert not torch.equal(seen[0, 0][order], seen[0, 1][order])
 
 
+@pytest.mark.parametrize("n", [3, 8, 11, 16, 40])
+def test_partners_stand_below_their_features_whatever_their_number(n, monkeypatch):
+    saes = []
+    for order in (torch.arange(n), torch.arange(n).flip(0)):
+        saes.append(SAE(784, n, "relu"))
+        rows = torch.randn(n, 784, generator=torch.Generator().manual_seed(0))[order]
+        with torch.no_grad():
+            saes[-1].encoder.copy_(rows)
+            saes[-1].W_dec.copy_(rows)
+    drawn = []
+    monkeypatch.setattr(train_mnist, "draw_tiles", lambda *args: drawn.append(args))
+    train_mnist.plot_pairs(*saes, "name")
+    features, titles, columns, _ = drawn[0]
+    shown = [place for place, title in enumerate(titles) if title]
+    assert len(shown) == min(16, n)
+    for place in shown:
+        assert torch.equal(features[place], features[place + columns])
+    monkeypatch.undo()
+    train_mnist.plot_pairs(*saes, "name")  # and it can be drawn
+
+
 # --- sweeps and settings
 
 
 def test_lists_sweep_their_product_once_each():
     line = ["--arch", "relu", "topk", "--k", "8", "16", "--l2", "0", "1e-5", "--seed", "0", "1", "1"]
-    runs = sweep(parse(line))
-    assert len(runs) == 2 * 2 * 1 + 2 * 2 * 2  # relu does not know k
-    assert "topk_k16_l2-1e-05_seed1" in runs
-    assert "relu_l2-0_seed0" in runs
+    names = {folder.name for folder in parse(line)[1]}
+    assert len(names) == 2 * 2 * 1 + 2 * 2 * 2  # relu does not know k
+    assert "topk_k16_l2-1e-05_seed1" in names
+    assert "relu_l2-0_seed0" in names
+    (both,) = parse(["--tied-init", "--unit-norm", "--epochs", "2"])[1]
+    assert both.name == "relu_l2-0_tied-init_unit-norm_2-epochs_seed0"
+    assert len(parse(["--tied-init", "off", "on", "--clip", "0", "1"])[1]) == 4
 
 
 def test_the_defaults_are_the_study():
-    (hp,) = sweep(parse([])).values()
+    hp = settings()
     assert (hp.arch, hp.d_in, hp.d_sae, hp.sparsity, hp.lr, hp.batch_size) == ("relu", 784, 1568, 0.1, 1e-3, 512)
     assert (hp.steps, hp.warmup, hp.decay, hp.clip) == (100 * 118, 0, 0, 0)
-    assert (hp.reduction, hp.l1_form, hp.l2_form) == ("mean", "mean", "squares")
+    assert (hp.reduction, hp.l1, hp.l2, hp.dead_after) == ("mean", 0, 0, 300_000)
     assert (hp.tied_init, hp.unit_norm, hp.biases) == (False, False, False)
-    (tied,) = sweep(parse(["--tied-init", "--unit-norm"])).values()
+    tied = settings("--tied-init", "--unit-norm")
     assert (tied.tied_init, tied.unit_norm, tied.biases) == (True, True, True)
+    glyphs = settings("--data", "glyphs")
+    assert (glyphs.d_sae, glyphs.batch_size, glyphs.steps) == (512, 128, 20 * 157)
 
 
 def test_a_longer_run_of_relu_starts_as_the_shorter_one():
@@ -112,8 +144,8 @@ def test_a_longer_run_of_relu_starts_as_the_shorter_one():
     images = draw_glyphs(2000)
     saes = []
     for epochs in (1, 3):
-        (hp,) = sweep(parse([*TINY, "--epochs", str(epochs), "--l2", "1e-5"])).values()
-        trainer, stream = train_mnist.Trainer(hp, images[:10]), batches(images, hp)
+        hp = settings(*TINY, "--epochs", str(epochs), "--l2", "1e-5")
+        trainer, stream = train_mnist.Trainer(hp), batches(images, hp)
         for _ in range(15):
             trainer.train_step(next(stream))
         saes.append(trainer.sae)
@@ -148,6 +180,7 @@ def test_the_command_trains_measures_draws_and_compares(tmp_path, capsys):
     assert len(json.loads((tmp_path / "consistency.json").read_text())["groups"]) == 4
     assert len(list(tmp_path.glob("pairs_*.png"))) == 4
     assert out.count("always shared") == 1
+    assert "| matryoshka, l2 1e-5 " in out
     before = {run: weights(run) for run in runs}
     times = {run: (run / "sae_weights.safetensors").stat().st_mtime_ns for run in runs}
     train_mnist.main([*line, "--out", str(tmp_path)])  # nothing is trained again
@@ -176,17 +209,17 @@ def test_interrupted_and_repeated_ends_with_the_same_weights(how, uninterrupted,
     patched = "import train_mnist, sae; sae.CHECKPOINT_SECONDS = 0.2; sae.run_command(train_mnist.main)"
     arguments = [sys.executable, "-c", patched, *line, "--out", str(tmp_path)]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    started = run / ("checkpoint.pt" if how == signal.SIGKILL else "hparams.json")
+    started = run / "checkpoint.pt"
     while not started.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
     stderr = process.communicate(timeout=60)[1]
     assert (run / "checkpoint.pt").exists(), "it was not over yet"
     assert not (run / "sae_weights.safetensors").exists()
-    if how != signal.SIGKILL:
+    if how == signal.SIGINT:
         assert process.returncode == 1
         last = stderr.strip().splitlines()[-1]
-        assert last.startswith("error: interrupted at step")
+        assert last.startswith("interrupted: the same command goes on")
         assert "Traceback" not in stderr
     done = command(*line, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -202,32 +235,30 @@ def test_interrupted_and_repeated_ends_with_the_same_weights(how, uninterrupted,
     ("arguments", "message"),
     [
         (["--arch", "gated"], "--arch gated: choose from relu, topk, batchtopk, matryoshka"),
-        (["--l2", "-1"], "--l2 -1.0: give 0 or a number above it"),
+        (["--l2", "-1"], "--l2 -1.0: give a number from 0 to"),
         (["--arch", "topk", "--k", "100"], "--k 100: give a number from 1 to --d-sae, which is 64"),
-        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "0"], "--epochs: 0: give 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0: give a number from 1"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--device", "abacus"], "--device abacus"),
         (["--l3", "1"], "unrecognized arguments: --l3"),
         (["--data", "nowhere"], "--data nowhere: no nowhere/MNIST/raw"),
     ],
 )
-def test_a_command_line_that_cannot_work_says_why_and_writes_nothing(arguments, message, tmp_path):
-    with pytest.raises(UsageError) as error:
-        train_mnist.main([*TINY, "--out", str(tmp_path / "out"), *arguments])
-    assert message in str(error.value)
+def test_a_command_line_that_cannot_work_says_why_and_writes_nothing(arguments, message, tmp_path, refusal):
+    assert message in refusal(train_mnist.main, [*TINY, "--out", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_is_one_line_with_exit_status_two():
+def test_an_error_is_one_line_with_exit_status_two_for_the_command_line_and_one_for_all_else(tmp_path):
     done = command(*TINY, "--l1", "-3")
     assert done.returncode == 2
-    assert done.stderr == "error: --l1 -3.0: give 0 or a number above it\n"
-
-
-def test_an_out_folder_that_cannot_be_written_is_found_before_training(tmp_path):
+    assert done.stderr.startswith("error: --l1 -3.0: give a number from 0 to")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--out .*: nothing can be written in .* give another folder"):
-        train_mnist.main([*TINY, "--out", str(tmp_path / "file" / "runs")])
+    other = command(*TINY, "--out", tmp_path / "file" / "runs")
+    assert other.returncode == 1
+    assert other.stderr.startswith("error: nothing can be written in")
+    assert [done.stderr.count("\n"), other.stderr.count("\n")] == [1, 1]
 
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path, capsys):
@@ -237,7 +268,7 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path, capsys):
     found["hparams"]["clip"] = 5.0
     (run / "hparams.json").write_text(json.dumps(found))
     before = weights(run)
-    with pytest.raises(UsageError, match=r"--clip 5\.0 instead of 0\.0: give another --out, or delete"):
+    with pytest.raises(UserError, match=r"--clip 5\.0 instead of 0\.0: give another --out"):
         train_mnist.main([*TINY, "--out", str(tmp_path)])
     assert weights(run) == before
 
@@ -258,12 +289,12 @@ def test_no_network_offers_the_glyphs(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
-    with pytest.raises(UsageError, match="--data glyphs, which needs no network"):
+    with pytest.raises(UserError, match="--data glyphs, which needs no network"):
         load_images("mnist")
 
 
 def test_a_folder_without_mnist_is_not_filled_from_the_network(tmp_path):
-    with pytest.raises(UsageError, match=r"no .*train-images-idx3-ubyte\.gz: give a folder with MNIST/raw in it"):
+    with pytest.raises(UserError, match=r"no .*train-images-idx3-ubyte\.gz: give a folder with MNIST/raw in it"):
         load_images(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -273,7 +304,7 @@ def test_a_truncated_archive_is_named(tmp_path):
     raw.mkdir(parents=True)
     for name, _ in torchvision.datasets.MNIST.resources:
         (raw / name).write_bytes(gzip.compress(b"\0" * 1000)[:-10])
-    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
         load_images(str(tmp_path))
 
 
@@ -282,7 +313,7 @@ def test_an_unpacked_file_cut_short_is_no_traceback(tmp_path):
     raw.mkdir(parents=True)
     for name, _ in torchvision.datasets.MNIST.resources:
         (raw / name).with_suffix("").write_bytes(b"\0\0\x08\x03\0\0")
-    with pytest.raises(UsageError, match="no MNIST to be had"):
+    with pytest.raises(UserError, match="no MNIST to be had"):
         load_images(str(tmp_path))
 
 
@@ -301,7 +332,7 @@ def mnist(tmp_path_factory):
 @needs_mnist
 def test_real_mnist_loads_as_two_tensors_of_pixels(mnist):
     train, test = load_images(str(mnist))
-    assert train.shape == (N_IMAGES["mnist"], 784)
+    assert train.shape == (DATA["mnist"][0], 784)
     assert test.shape == (10_000, 784)
     assert (train.min(), train.max()) == (0, 1)
     assert train.mean().item() == pytest.approx(0.1307, abs=1e-4)  # the well-known mean of MNIST
