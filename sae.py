@@ -754,7 +754,8 @@ def read_saelens(folder):
     if not cfg.get("apply_b_dec_to_input", True):
         tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
     if cfg.get("finetuning_scaling_factor"):  # of acts, in decoding alone
-        tensors["W_dec"] *= weights["finetuning_scaling_factor"].float()[:, None]
+        factor = weights["scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"]
+        tensors["W_dec"] *= factor.float()[:, None]
     mine = ARCHS.get(metadata.get("arch"))  # which of those that SAELens gives one name
     return metadata["arch"] if mine and mine.saelens == architecture else arch, int(k), tensors, cfg | metadata
 
@@ -777,7 +778,7 @@ def read_dictionary_learning(folder):
         tensors = {name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if kind == "AutoEncoder":  # its loader moves the decoder's norms to the encoder
         norm = tensors["W_dec"].norm(dim=1)
-        tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
+        tensors["W_dec"] = tensors["W_dec"] / norm.clamp(min=1e-12)[:, None]
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
     if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):  # these do not centre their input
         tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]

@@ -316,8 +316,8 @@ def permutation_test(a, b):
         return a.mean(axis) - b.mean(axis)
 
     values = [np.array([*means.values()]) for means in (a, b)]
-    if np.ptp(np.concatenate(values)) == 0:
-        return 1.0
+    if min(map(len, values)) < 2 or np.ptp(np.concatenate(values)) == 0:
+        return 1.0  # nothing to tell
     found = stats.permutation_test(
         values, difference, n_resamples=RESAMPLES, batch=1000, vectorized=True, random_state=np.random.default_rng(0)
     )

@@ -141,15 +141,18 @@ def test_loss_and_every_gradient_equal_the_formula_written_out(arch, reduction, 
         acts = pre.clamp(min=0)
     elif arch == "topk":
         acts = torch.where(pre >= pre.sort(dim=1).values[:, -hp.k, None], pre.clamp(min=0), 0)
-    else:
+    elif ARCHS[arch].chosen_from == "batch":
         acts = torch.where(pre >= pre.flatten().sort().values[-hp.k * len(x)], pre.clamp(min=0), 0)
+    else:  # a fork's own rule
+        acts = model.activate(pre, hp.k)
     ends = [2, 6, 14, 30, 64] if arch == "matryoshka" else [64]
     assert [*itertools.accumulate(group_sizes(arch, 64))] == ends
     expected = sum(error(acts[:, :n] @ model.W_dec[:n] + model.b_dec - x) for n in ends) / len(ends)
     expected = expected + 0.01 * (model.W_enc.abs().sum() + model.W_dec.abs().sum())
     expected = expected + 0.02 * (model.W_enc.square().sum() + model.W_dec.square().sum())
-    if arch == "relu":
-        expected = expected + 0.1 * (acts.sum(1).mean() if reduction == "sum" else acts.mean())
+    if "sparsity" in ARCHS[arch].settings:
+        active = acts if arch == "relu" else ARCHS[arch].sparsity(model, pre, acts)
+        expected = expected + 0.1 * (active.sum(1).mean() if reduction == "sum" else active.mean())
     residual = (x - acts @ model.W_dec - model.b_dec).detach()
     revived = torch.zeros_like(pre)
     for row in range(len(x) if dead is not None else 0):  # the d_in / 2 strongest dead latents of each input
@@ -686,7 +689,6 @@ def test_what_an_architecture_does_not_use_makes_no_second_run_of_it():
         (["--l2", "-1"], "--l2 -1.0: give a number from 0 to"),
         (["--l2", "x"], "argument --l2: invalid float value: 'x'"),
         (["--arch", "gated"], "--arch gated: choose from relu, topk, batchtopk, matryoshka"),
-        (["--arch", "jumprelu"], "--arch jumprelu: choose from"),
         (["--k", "100"], "--k 100: give a number from 1 to --d-sae, which is 64"),
         (["--unit-norm", "maybe"], "argument --unit-norm: invalid on_or_off value: 'maybe'"),
         (["--l", "1"], "unrecognized arguments: --l 1"),
@@ -980,10 +982,11 @@ def test_a_folder_where_nothing_can_be_written_is_an_error(tmp_path):
             make_folder(folder)
 
 
-def test_a_fine_tuned_sae_of_saelens_5_scales_its_activations_in_decoding(tmp_path):
+@pytest.mark.parametrize("name", ["finetuning_scaling_factor", "scaling_factor"])
+def test_a_fine_tuned_sae_of_saelens_5_scales_its_activations_in_decoding(name, tmp_path):
     t, x = random_tensors(), data(9)
     factor = data(1, 64, seed=8)[0].abs()
-    loaded = foreign(tmp_path, {"finetuning_scaling_factor": True}, t | {"finetuning_scaling_factor": factor})
+    loaded = foreign(tmp_path, {"finetuning_scaling_factor": True}, t | {name: factor})
     acts = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
     assert loaded.arch == "relu", "no architecture means standard"
     assert torch.allclose(loaded.encode(x), acts, atol=1e-5)
