@@ -192,22 +192,22 @@ def language_model_quality(sae, stream, baseline=None):
     return result | {"loss_recovered": 1 - lost / (result["ce_zeroed"] - result["ce"])}
 
 
-def measure_language_model_runs(folders, n_tokens, data, device):
-    """quality.json and covariance.npy for each run of train_pythia.py, on held-out tokens or `data`."""
-    runs = [(folder, SAE.load(folder).to(device), read_run(folder)) for folder in folders]
-    rows, baselines, at = [], {}, None
+def measure_language_model_runs(groups, n_tokens, data, device):
+    """quality.json and covariance.npy for each run of train_pythia.py in groups, on held-out tokens or `data`."""
+    runs = [(folder, sae, read_run(folder)) for group in groups for folder, sae in zip(group["folders"], group["saes"])]
+    results, baselines, at = {}, {}, None
     for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
         if at != (hp.layer, *source(hp)):
             at = (hp.layer, *source(hp))
             model, _, tokens = language_model_and_tokens(hp, device, data=data)
             stream = Stream(model, hp.layer, cut_contexts(tokens, n_tokens, hp.context, device))
             moments = covariance(torch.cat([*itertools.islice(stream, 4)]))
-        result = language_model_quality(sae, stream, baselines.get(at))
+        result = results[folder] = language_model_quality(sae.to(device), stream, baselines.get(at))
+        sae.cpu()
         baselines[at] = result["ce"], result["ce_zeroed"]
         write_json(folder / "quality.json", result)
         save_covariance(moments, folder)
-        rows.append((folder.name, result))
-    return rows
+    return results
 
 
 def save_covariance(moments, folder):
@@ -336,20 +336,17 @@ def consistency(saes, seeds, threshold=0.7, metric=None):
 
 
 def compare_seeds(folders, threshold=0.7, on_data=False):
-    """Quality and consistency of every configuration among the run folders: the groups of load_groups, each with the
-    means of its quality.json, and from two seeds on `figures` and `best` of `consistency`. Raises UserError.
-    With on_data, encoders are compared as data_metric has it."""
+    """Consistency of every configuration among the run folders: the groups of load_groups, those of two seeds or more
+    with `figures` and `best` of `consistency`. With on_data, encoders are compared as data_metric has it. UserError."""
     groups = load_groups(folders)
-    for group in tqdm(groups, desc="matching seeds", unit="configuration"):
-        paths = [folder / "quality.json" for folder in group["folders"]]
-        group["quality"] = [read_json(path) for path in paths if path.exists()]
-        if len(group["saes"]) > 1:
-            metric = data_metric(group["folders"][0], group["saes"][0].d_in) if on_data else None
-            group["figures"], group["best"] = consistency(group["saes"], group["seeds"], threshold, metric)
-    if not any("figures" in group for group in groups):
+    several = [group for group in groups if len(group["saes"]) > 1]
+    if not several:
         found = "; ".join(f"{g['folders'][0]} (d_in {g['saes'][0].d_in}, d_sae {g['saes'][0].d_sae})" for g in groups)
-        differ = ", ".join(varying(groups))
+        differ = ", ".join(varying(groups)) or "nothing"
         raise UserError(f"RUN...: no two SAEs of one configuration and shape; found {found}; they differ in: {differ}")
+    for group in tqdm(several, desc="matching seeds", unit="configuration"):
+        metric = data_metric(group["folders"][0], group["saes"][0].d_in) if on_data else None
+        group["figures"], group["best"] = consistency(group["saes"], group["seeds"], threshold, metric)
     return groups
 
 
@@ -359,29 +356,26 @@ def measured(group, *names):
     return [value for value in values if value is not None]
 
 
-def alive_counts(group):
-    return [int(alive_by_weight(sae).sum()) for sae in group["saes"]]
-
-
-QUALITY = (("fve", ".3f"), ("l0", ".1f"), ("loss_recovered", ".4f"), ("orthogonality", "mean", ".4f"))
-CONSISTENCY = {"mean_max_cos_dec": "max cos dec", "mean_max_cos_enc": "max cos enc", "paired_dec": "paired dec"}
-CONSISTENCY |= {"paired_enc": "paired enc", "shared": "shared"}
+# Heads of the table: figures of quality.json with their form, and figures of a pair of seeds
+QUALITY = {"fve": ("fve", ".3f"), "l0": ("l0", ".1f"), "loss recovered": ("loss_recovered", ".4f")}
+QUALITY |= {"enc-dec cos": ("enc_dec_cos", "mean", ".3f"), "decoder cos": ("orthogonality", "mean", ".4f")}
+CONSISTENCY = {"max cos dec": "mean_max_cos_dec", "max cos enc": "mean_max_cos_enc", "paired dec": "paired_dec"}
+CONSISTENCY |= {"paired enc": "paired_enc", "shared": "shared"}
 
 
 def table(groups):
-    """One line a configuration: means over its seeds, and over its pairs of seeds `all (alive)`."""
-    heads = [head for head in QUALITY if any(measured(group, *head[:-1]) for group in groups)]
-    lines = [["configuration", "seeds", "alive"]]
-    lines[0] += ["decoder cos" if head[0] == "orthogonality" else head[0].replace("_", " ") for head in heads]
-    lines[0] += [*CONSISTENCY.values(), "always shared"]
+    """One line a configuration: means over its seeds, and over its pairs of seeds `all (alive)`. Columns that nobody
+    measured are left out."""
+    heads = {head: keys for head, keys in QUALITY.items() if any(measured(group, *keys[:-1]) for group in groups)}
+    pairs = CONSISTENCY if any("figures" in group for group in groups) else {}
+    lines = [["configuration", "seeds", "alive", *heads, *pairs, *["always shared"] * bool(pairs)]]
     for group in groups:
-        alive, d_sae = np.mean(alive_counts(group)), group["saes"][0].d_sae
-        cells = [group["label"], str(len(group["seeds"])), f"{alive:.0f}/{d_sae}"]
-        for *names, form in heads:
+        cells = [group["label"], str(len(group["seeds"])), f"{np.mean(group['alive']):.0f}/{group['saes'][0].d_sae}"]
+        for *names, form in heads.values():
             values = measured(group, *names)
             cells.append(f"{np.mean(values):{form}}" if values else "-")
         if figures := group.get("figures"):
-            for name in CONSISTENCY:
+            for name in pairs.values():
                 means = (np.mean([pair[name + over] for pair in figures["pairs"]]) for over in ("", "_alive"))
                 cells.append("{:.3f} ({:.3f})".format(*means))
             cells.append("{always_shared:.3f} ({always_shared_alive:.3f})".format(**figures))
@@ -406,18 +400,6 @@ def write_consistency(groups, path):
     pictures |= {name: plot_penalty(groups, name) for name in PENALTIES if name in varying(groups)}
     for name, figure in pictures.items():
         save_figure(figure, path.with_name(f"{path.stem}_{name}.png"))
-
-
-def quality_table(rows):
-    """One line a run of a language model, of pairs (name, quality)."""
-    heads = {"fve": ".4f", "l0": ".1f", "ce": ".4f", "ce_reconstructed": ".4f", "ce_zeroed": ".3f"}
-    heads |= {"loss_recovered": ".4f", "alive": "d", "dead_by_use": "d", "outliers": "d"}
-    lines = [["run", *(name.replace("_", " ") for name in heads), "enc-dec cos", "decoder cos"]]
-    for name, found in rows:
-        cells = [f"{found[head]:{form}}" for head, form in heads.items()]
-        means = [found[head] and found[head]["mean"] for head in ("enc_dec_cos", "orthogonality")]
-        lines.append([name, *cells, *("-" if mean is None else f"{mean:.4f}" for mean in means)])
-    return markdown(lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -460,16 +442,16 @@ def collect_windows(sae, model, layer, contexts, features, n_top, n_sampled, n_r
         fired += (acts > 0).sum((0, 1))
         peaks, starts = acts[:, half : length - half].max(1)  # [B, n]; a window starts `half` before its peak
         windows = acts.unfold(1, width, 1)  # [B, starts, n, width]
-        words = tokens.unfold(1, width, 1)  # [B, starts, width]
+        ids = tokens.unfold(1, width, 1)  # [B, starts, width]
         rows = torch.arange(len(tokens), device=device)[:, None].expand(-1, n)
         uniform = torch.rand(peaks.shape, generator=generator).to(device)
         for name, key in (("top", peaks), ("sampled", uniform.log() / peaks.clamp(min=1e-30))):
             key = torch.where(peaks > 0, key, -torch.inf)
-            kept[name].add(key, first + rows, windows[rows, starts, every], words[rows, starts])
+            kept[name].add(key, first + rows, windows[rows, starts, every], ids[rows, starts])
         here = (random_context >= first) & (random_context < first + len(tokens))
         row, start = (random_context - first).clamp(0, len(tokens) - 1), random_start
         key = torch.where(here, -torch.arange(float(len(here)), device=device)[:, None], -torch.inf)  # as they come
-        chance.add(key, random_context, windows[row, start, every], words[row, start])
+        chance.add(key, random_context, windows[row, start, every], ids[row, start])
         first += len(tokens)
     found = []
     for i in range(n):
@@ -697,7 +679,8 @@ def describe(folder):
 
 
 def load_groups(folders):
-    """Load runs and group those of one configuration: a list of {label, name, config, seeds, saes, folders}.
+    """Load runs and group those of one configuration: a list of {label, name, config, length, seeds, saes, folders,
+    alive, quality}, the last three for each run, quality where it was measured.
 
     Seeds and data seeds may vary together; where runs share a seed but not a data seed, each data seed is a group.
     A run without a seed of its own takes its place in the order given. UserError where two are of the same seeds.
@@ -713,7 +696,8 @@ def load_groups(folders):
         if key(config) in grids:
             config["data_seed"] = data_seed
         name = re.sub(r"_seed-?\d+", "", folder.resolve().name)
-        group = {"name": name, "config": config, "length": length, "seeds": [], "saes": [], "folders": []}
+        group = {"name": name, "config": config, "length": length}
+        group |= {"seeds": [], "saes": [], "folders": [], "alive": [], "quality": []}
         group = groups.setdefault(key(config), group)
         if seed is not None and seed in group["seeds"]:
             other = group["folders"][group["seeds"].index(seed)]
@@ -721,6 +705,9 @@ def load_groups(folders):
         group["seeds"].append(len(group["seeds"]) if seed is None else seed)
         group["saes"].append(sae)
         group["folders"].append(folder)
+        group["alive"].append(int(alive_by_weight(sae).sum()))
+        if (folder / "quality.json").exists():
+            group["quality"].append(read_json(folder / "quality.json"))
     groups, names = list(groups.values()), varying(groups.values()) or ["arch", *PENALTIES]
     for group in groups:
         group["label"] = words(group["config"], names, group["length"])
@@ -866,7 +853,7 @@ def plot_penalty(groups, penalty):
     for group in groups:
         lines.setdefault(words(group["config"] | {penalty: 0}, names, group["length"]), []).append(group)
     recovered = "loss_recovered" if any(measured(group, "loss_recovered") for group in groups) else "fve"
-    panels = {recovered.replace("_", " "): lambda g: measured(g, recovered), "alive features": alive_counts}
+    panels = {recovered.replace("_", " "): lambda g: measured(g, recovered), "alive features": lambda g: g["alive"]}
     panels["mean |cos| of decoder rows"] = lambda g: measured(g, "orthogonality", "mean")
     titles = {"shared, of all": "shared", "shared, of alive": "shared_alive"}
     for title, name in (titles | {"max cos dec, of alive": "mean_max_cos_dec_alive"}).items():
@@ -1084,10 +1071,13 @@ def seeds(args):
 
 
 def measure(args):
-    rows = measure_language_model_runs(find_runs(args.runs), args.tokens, args.data, pick_device(args.device))
-    print(quality_table(rows))
+    groups = load_groups(find_runs(args.runs))
+    results = measure_language_model_runs(groups, args.tokens, args.data, pick_device(args.device))
+    for group in groups:
+        group["quality"] = [results[folder] for folder in group["folders"]]
+    print(table(groups))
     if args.json:
-        write_json(args.json, {"runs": [{"run": name} | result for name, result in rows]})
+        write_json(args.json, {"runs": [{"run": folder.name} | result for folder, result in results.items()]})
 
 
 def check_features(features, sae):
