@@ -16,7 +16,7 @@ Notation, as in the paper: d_in the width of the input, d_sae the number of late
     pre_acts = (x - b_dec) @ W_enc + b_enc     [B, d_sae]    W_enc [d_in, d_sae], b_enc [d_sae]
     acts     = activation(pre_acts)            [B, d_sae]    few are not zero
     x_hat    = acts @ W_dec + b_dec            [B, d_in]     W_dec [d_sae, d_in], b_dec [d_in]
-    loss     = |x_hat - x|^2 + sparsity term + l1 * P1(W_enc, W_dec) + l2 * P2(W_enc, W_dec) + auxiliary loss
+    loss     = |x_hat - x|^2 + l1 * sum |W| + l2 * sum W^2 (over both matrices) + sparsity and auxiliary terms
 
 Feature i is the encoder column W_enc[:, i] and the decoder row W_dec[i].
 """
@@ -44,12 +44,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-LOG_EVERY = 100  # steps between two lines of metrics.jsonl; the only steps that wait for the device
-CHECKPOINT_SECONDS = 30  # at most so much work is lost to Ctrl-C or a kill
-
-
-class UserError(Exception):
-    """What the user can mend. One line: the flag or file, what is wrong, the way out; exit status 1."""
+LOG_EVERY = 100  # steps between lines of metrics.jsonl and looks for dead latents, both of which wait for the device
+CHECKPOINT_SECONDS = 30  # between checkpoints; longer where writing one takes over a twentieth of that
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -57,8 +53,8 @@ class UserError(Exception):
 
 
 def setting(default, text, choices=list, low=0, high=sys.float_info.max, stream=False):
-    """A field of Hparams. `choices` is a function, since the tables stand further down. `stream` marks what decides
-    the stream of batches, which all SAEs of a command share; every other setting may be a list on the command line."""
+    """A field of Hparams. choices() lists what is allowed, if not everything; called late, since tables stand below.
+    `stream` marks what decides the stream of batches, which the SAEs of a command share; all else may be swept."""
     about = {"help": text, "choices": choices, "low": low, "high": high, "stream": stream}
     return field(default=default, metadata=about)
 
@@ -76,10 +72,12 @@ class Hparams:
     l2: float = setting(0.0, "weight of the penalty on squared weights, summed; the study has 1e-4, for MNIST 1e-5")
     l1_mean: float = setting(0.0, "weight of the penalty on absolute weights, averaged; for MNIST the study has 1e-3")
     l2_norm: float = setting(0.0, "weight of the penalty on the matrices' norms; the study's notebook for MNIST: 1e-5")
-    tied_init: bool = setting(True, "the encoder starts as the decoder's transpose, else each is drawn by itself")
+    tied_init: bool = setting(True, "start with unit decoder rows and the encoder as their transpose; else draw each")
     unit_norm: bool = setting(False, "keep decoder rows at norm 1")
     biases: bool = setting(True, "train b_enc and b_dec, else both stay 0")
-    reduction: str = setting("sum", "of errors over d_in and of acts over d_sae", lambda: ["sum", "mean"])
+    reduction: str = setting(
+        "sum", "how errors over d_in, and acts over d_sae, become one number", lambda: ["sum", "mean"]
+    )
     aux: float = setting(1 / 32, "weight of the auxiliary loss (all but relu)")
     dead_after: int = setting(10_000_000, "inputs without firing after which a latent counts as dead", high=2**62)
     lr: float = setting(5e-5, "learning rate of Adam", low=1e-30)
@@ -87,7 +85,7 @@ class Hparams:
     steps: int = setting(24_414, "training steps; 50M tokens", low=1, high=2**40)
     warmup: int = setting(1000, "steps of linear warm-up from 0")
     decay: float = setting(0.2, "the last share of the steps, over which lr falls linearly to 0", high=1)
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0 for any")
+    clip: float = setting(1.0, "clip the norm of the whole gradient to this; 0: never")
     k_anneal: float = setting(0.01, "the first share of the steps, over which k falls linearly from d_in to k", high=1)
     threshold_start: int = setting(1000, "first step of the running mean that becomes the threshold at inference")
     threshold_beta: float = setting(0.99, "of that mean; the study's 0.999 lags behind weights that shrink", high=1)
@@ -107,7 +105,7 @@ class Hparams:
                 raise UserError(f"{flag(name)} {value}: choose from {', '.join(choices)}")
             if known.type in (int, float) and not low <= value <= high:
                 raise UserError(f"{flag(name)} {value}: give a number from {low:g} to {high:g}")
-            # What only other architectures use has its default, so that it makes no second run of the same SAE
+            # Reset what only other architectures use: it must not make a second run of the same SAE
             if name not in ARCHS[self.arch].settings and any(name in other.settings for other in ARCHS.values()):
                 setattr(self, name, known.default)
         if "k" in ARCHS[self.arch].settings and self.k > self.d_sae:
@@ -127,7 +125,7 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, arch="topk", k=0):
         super().__init__()
         self.d_in, self.d_sae, self.arch, self.k = d_in, d_sae, arch, k
-        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))  # a row for each feature, like the decoder
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))  # W_enc.T: a feature in each row, as in W_dec
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -166,7 +164,7 @@ class SAE(nn.Module):
         1/32, 3/32, 7/32, 15/32 and all of them: each must do by itself, so general features come first. Every other
         architecture has one group."""
         groups = zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes))
-        return [*itertools.accumulate((acts @ W_dec for acts, W_dec in groups), initial=self.b_dec)][1:]
+        return [*itertools.accumulate((a @ W for a, W in groups), initial=self.b_dec)][1:]  # without b_dec alone
 
     def forward(self, x):
         return self.decode(self.encode(x))
@@ -184,12 +182,12 @@ class SAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # The paper's subject: penalties on the weights of encoder and decoder
 
-# Functions of a matrix W [d_sae, d_in] with a feature in each row; each name is a setting, the weight of its penalty
+# name: function of W [d_sae, d_in], a feature in each row. A new one is a line here, and a setting of that name above
 PENALTIES = {
-    "l1": lambda W: W.abs().sum(),  # Pythia
-    "l2": lambda W: W.norm() ** 2,  # everywhere: the sum of squares
-    "l1_mean": lambda W: W.abs().mean(),  # MNIST
-    "l2_norm": lambda W: W.norm(),  # the released notebook for MNIST with tied initialisation and unit norm
+    "l1": lambda W: W.abs().sum(),
+    "l2": lambda W: W.norm() ** 2,  # the sum of squares, without a matrix of squares in memory
+    "l1_mean": lambda W: W.abs().mean(),
+    "l2_norm": lambda W: W.norm(),
 }
 
 
@@ -198,7 +196,7 @@ def weight_penalty(sae, hp):
 
     It belongs to the loss and so passes through Adam; AdamW's decoupled weight decay is another thing.
     """
-    matrices, penalty = (sae.encoder, sae.W_dec), sae.W_dec.new_zeros(())  # W_enc.T and W_dec, both [d_sae, d_in]
+    matrices, penalty = (sae.encoder, sae.W_dec), sae.W_dec.new_zeros(())
     for name, function in PENALTIES.items():
         if weight := getattr(hp, name):
             penalty = penalty + weight * sum(function(W) for W in matrices)
@@ -211,8 +209,8 @@ def weight_penalty(sae, hp):
 
 def topk(pre_acts, k):
     """Keep the k largest of each row, where positive; zero the rest."""
-    kept = largest(pre_acts, k)  # indices [B, k]
-    return torch.zeros_like(pre_acts).scatter(-1, kept, pre_acts.gather(-1, kept).relu())
+    index = largest(pre_acts, k)  # [B, k], as of torch.topk
+    return torch.zeros_like(pre_acts).scatter(-1, index, pre_acts.gather(-1, index).relu())
 
 
 def batchtopk(pre_acts, k):
@@ -233,7 +231,7 @@ class Architecture:
     train: Callable | None  # (sae, pre_acts, k) -> acts in training; None for one that can be used, not trained
     infer: Callable | None = None  # the same for inputs that come one by one; None for the same rule
     settings: tuple = ()  # those of Hparams that apply to it and not to every architecture
-    chosen_from: str = ""  # where k latents an input are chosen, the "row" or the "batch": others need no computing
+    chosen_from: str = ""  # k latents of each "row", or k * B of the "batch"; "" for other rules. For fast_pass
     sparsity: Callable | None = None  # (sae, pre_acts, acts) -> [B, d_sae], what the sparsity term adds up
     groups: tuple = ()  # shares of d_sae, the nested groups before the last
     parameters: tuple = ()  # of its own: pairs (name, first value), each [d_sae]
@@ -243,7 +241,7 @@ TOPK = Architecture(
     "topk", lambda sae, pre_acts, k: topk(pre_acts, k), settings=("k", "k_anneal", "aux"), chosen_from="row"
 )
 JUMPRELU = Architecture("jumprelu", None, lambda sae, pre_acts, k: jumprelu(pre_acts, sae.threshold))
-BATCHTOPK = replace(
+BATCHTOPK = replace(  # at inference, and in SAELens' files, a JumpReLU SAE
     JUMPRELU,
     train=lambda sae, pre_acts, k: batchtopk(pre_acts, k),
     settings=(*TOPK.settings, "threshold_start", "threshold_beta"),
@@ -276,7 +274,7 @@ def group_sizes(arch, d_sae):
 def dense_pass(sae, x, k, dead=None, pre_acts=None):
     """The forward pass of training, as the formulas say, on x [B, d_in]; pre_acts may be known. Returns a dict:
 
-    pre_acts and acts [B, d_sae]; kept, the activations that may be positive, of any shape; prefixes, a list of
+    pre_acts and acts [B, d_sae]; kept, all acts that are not 0, of any shape; prefixes, a list of reconstructions
     [B, d_in], the last being x_hat; fired [d_sae], how often each latent was on; and revived [B, d_in], what the
     d_in / 2 strongest of the `dead` [d_sae] latents add up to (Gao et al. 2024, arXiv:2406.04093, A.2).
     """
@@ -302,10 +300,8 @@ def auxiliary_loss(revived, residual, dead):
 
 
 def total_loss(sae, hp, x, k, dead=None, dense=False):
-    """The training loss on x [B, d_in], and the parts it is made of: those of dense_pass, recon, and penalty.
-
-    `dead` [d_sae] marks the latents for the auxiliary loss, if any. fast_pass is dense_pass by a shorter way.
-    """
+    """The training loss on x [B, d_in], and its parts: those of dense_pass, recon, and penalty. `dead` [d_sae] marks the
+    latents for the auxiliary loss, if any. Training takes fast_pass (below the banner), which gives the same."""
     parts = (dense_pass if dense else fast_pass)(sae, x, k, dead)
     errors = [squared_error(x_hat, x, hp.reduction) for x_hat in parts["prefixes"]]
     recon, penalty = sum(errors) / len(errors), weight_penalty(sae, hp)
@@ -344,17 +340,17 @@ class Trainer:
         """One update on x [B, d_in], on the trainer's device. Raises UserError where the loss is not finite."""
         hp, sae, applies = self.hp, self.sae, ARCHS[self.hp.arch].settings
         if self.step == 0 and hp.biases:
-            sae.b_dec.data.copy_(geometric_median(x.cpu()))
+            sae.b_dec.data.copy_(geometric_median(x.cpu()))  # on the CPU, so that every device starts alike
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(hp, self.step)
-        # Whether any latent is dead is known on the device only; asking at log steps is often enough
+        # As of the last log: asking the device at every step would stall it
         any_dead = "aux" in applies and hp.aux and self.metrics and self.metrics[-1]["dead"]
         dead = self.inputs_since_fired >= hp.dead_after if any_dead else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss, parts = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
         loss.backward()
         # The gradient along a row would only change its norm. To remove it is usual for the TopK family; the study's
-        # ReLU SAEs are rescaled after the step and no more. It removes the decoder's part of the L2 penalty, too.
+        # ReLU SAEs are rescaled after the step and no more. This cancels l2 and l2_norm on the decoder, too.
         if hp.unit_norm and "k" in applies and sae.W_dec.grad is not None:
             sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec.data).sum(1, keepdim=True) * sae.W_dec.data
         if hp.clip:
@@ -373,7 +369,7 @@ class Trainer:
             self.log(x, loss, parts)
 
     def update_threshold(self, kept):
-        """The smallest positive activation that batchtopk keeps, as a running mean from threshold_start on."""
+        """One threshold for all: a running mean of the smallest act that batchtopk keeps, from threshold_start on."""
         start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need a threshold too
         if self.step < start:
             return
@@ -923,6 +919,10 @@ def pick_device(name):
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
+
+
+class UserError(Exception):
+    """What the user can mend, told in one line: flag or file, what is wrong, the way out. Exit status 1."""
 
 
 def first_line(error):
