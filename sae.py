@@ -300,7 +300,7 @@ def auxiliary_loss(revived, residual, dead):
 
 
 def total_loss(sae, hp, x, k, dead=None, dense=False):
-    """The training loss on x [B, d_in], and its parts: those of dense_pass, recon, and penalty. `dead` [d_sae] marks the
+    """The training loss on x [B, d_in], and its parts: those of dense_pass, recon, penalty. `dead` [d_sae] marks the
     latents for the auxiliary loss, if any. Training takes fast_pass (below the banner), which gives the same."""
     parts = (dense_pass if dense else fast_pass)(sae, x, k, dead)
     errors = [squared_error(x_hat, x, hp.reduction) for x_hat in parts["prefixes"]]
