@@ -858,8 +858,12 @@ def plot_penalty(groups, penalty):
     titles = {"shared, of all": "shared", "shared, of alive": "shared_alive"}
     for title, name in (titles | {"max cos dec, of alive": "mean_max_cos_dec_alive"}).items():
         panels[title] = lambda g, name=name: [pair[name] for pair in g.get("figures", {"pairs": []})["pairs"]]
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    for axis, (title, values_of) in zip(figure.subplots(3, 2, sharex=True).T.flat, panels.items()):
+    panels = {title: values_of for title, values_of in panels.items() if any(map(values_of, groups))}
+    figure = Figure(figsize=(7, len(panels)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, sharex=True, squeeze=False).T.flat
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, values_of) in zip(axes, panels.items()):
         for colour, (label, row) in enumerate(lines.items()):
             points = [(weights.index(g["config"].get(penalty) or 0), values_of(g)) for g in row]
             points = [(x, values) for x, values in points if values]

@@ -628,7 +628,8 @@ def save_run(trainer, folder, metadata, scale=1.0):
     trainer.sae.save(folder, settings | metadata)
     write_metrics(trainer, folder)
     write_hparams(trainer, folder, complete=True)
-    (Path(folder) / "checkpoint.pt").unlink(missing_ok=True)
+    for path in Path(folder).glob("checkpoint.pt*"):  # with halves that a kill left
+        path.unlink(missing_ok=True)
 
 
 def write_hparams(trainer, folder, complete=False):

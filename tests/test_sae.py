@@ -711,6 +711,7 @@ def test_argparse_refuses_what_cannot_work_in_one_line(line, message, capsys):
 @pytest.mark.parametrize("arch", TRAINED)
 def test_save_and_load_round_trip(arch, tmp_path):
     trainer = train(small(arch, seed=3))
+    (tmp_path / "checkpoint.pt.123.tmp").write_text("half a checkpoint, as a kill leaves it")
     save_run(trainer, tmp_path, {"model_name": "EleutherAI/pythia-70m-deduped"})
     loaded, x = SAE.load(tmp_path), data(30)
     trainer.sae.eval()
@@ -735,6 +736,7 @@ def test_save_and_load_round_trip(arch, tmp_path):
         assert {name: file.get_slice(name).get_shape() for name in file.keys()} == shapes  # noqa: SIM118
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
     assert is_complete(tmp_path, trainer.hp)
+    assert not list(tmp_path.glob("*.tmp"))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 40
     assert set(rows[-1]) == {"step", "loss", "recon", "l0", "fve", "penalty", "dead", "lr"}
