@@ -598,12 +598,13 @@ def resume(trainer, folder):
     try:
         trainer.sae.load_state_dict(state["sae"])
         trainer.optimizer.load_state_dict(state["optimizer"])
-        if any(moments["exp_avg"].shape != p.shape for p, moments in trainer.optimizer.state.items()):
-            raise ValueError("moments of other shapes")
+        for p, moments in trainer.optimizer.state.items():
+            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+                raise ValueError("moments of other shapes")
         trainer.inputs_since_fired.copy_(state["inputs_since_fired"])
-        trainer.step, trainer.metrics = int(state["step"]), [*state["metrics"]]
+        trainer.step, trainer.metrics = int(state["step"]), [row | {"step": row["step"]} for row in state["metrics"]]
         return state["stream"]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())  # which parameters are missing or too many, where that is the reason
         raise UserError(
             f"{path} does not fit this code ({said}): give another --out, or go back to that code"
@@ -653,7 +654,7 @@ def read_hparams(folder):
         raise UserError(f"{folder}/hparams.json: has no settings in it; move that folder away")
     for old, form, new in (("l1", "mean", "l1_mean"), ("l2", "norms", "l2_norm")):  # as named in older runs
         if hparams.pop(f"{old}_form", "") == form:
-            hparams |= {new: hparams[old], old: 0.0}
+            hparams |= {new: hparams.get(old, 0.0), old: 0.0}
     return asdict(Hparams()) | hparams
 
 
@@ -811,7 +812,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **others)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {' '.join(message.splitlines())} (--help lists the flags)\n")
 
     def add_settings(self, leave_out, **defaults):
         """A flag for every setting of Hparams but those of leave_out; `defaults` are a script's own."""
@@ -824,7 +825,7 @@ class Parser(argparse.ArgumentParser):
             if name in leave_out:
                 continue
             default = defaults.get(name, known.default)
-            shown = {True: "on", False: "off"}[default] if known.type is bool else default or "none"
+            shown = {True: "on", False: "off"}[default] if known.type is bool else default
             options = {"metavar": name.upper(), "type": on_or_off if known.type is bool else known.type}
             options |= {"default": default} if about["stream"] else {"default": [default], "nargs": several}
             choices = "".join(f", {name}" for name in about["choices"]())
@@ -951,9 +952,13 @@ def run_command(main):
         return
     except UserError as error:
         said = f"error: {error}"
-    except torch.cuda.OutOfMemoryError as error:
-        said = f"error: out of GPU memory ({first_line(error)}): give a smaller batch or fewer SAEs"
+    except OSError as error:
+        said = f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        said = f"error: out of memory ({first_line(error)}): lower --batch-size, --d-sae or the number of SAEs"
     except KeyboardInterrupt:
         said = "interrupted: the same command goes on from its last checkpoint, and with what is finished"
-    print(said, file=sys.stderr)
+    print(" ".join(said.splitlines()), file=sys.stderr)
     sys.exit(1)

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def loading(name):
     """Turn what transformers raises for a model that is not there into a UserError with the way out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of many kinds, where a configuration is not whole
         way_out = "give a folder with a model in it, or a name of the hub and a network"
         raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}): {way_out}") from None
 
@@ -359,12 +360,14 @@ def documents(path):
             for text in file if kind == "jsonl" else ():
                 line += 1
                 if text.strip():
-                    yield True, json.loads(text)["text"]
+                    text = json.loads(text)["text"]
+                    text.encode()  # a string, and of characters that there are
+                    yield True, text
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: not UTF-8 text ({error.reason} after line {line})") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"--data {path}: damaged ({first_line(error)}): fetch it again") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'--data {path}: line {line} is not a JSON object with a "text"') from None
 
 
@@ -400,12 +403,13 @@ def check_model(args):
     """The width of the residual stream, from the model's configuration. Raises UserError."""
     with loading(args.model):
         config = AutoConfig.from_pretrained(args.model)
-    if not 0 <= args.layer < config.num_hidden_layers:
-        raise UserError(f"--layer {args.layer}: {args.model} has blocks 0 to {config.num_hidden_layers - 1}")
+        width, depth = config.hidden_size, config.num_hidden_layers
+    if not 0 <= args.layer < depth:
+        raise UserError(f"--layer {args.layer}: {args.model} has blocks 0 to {depth - 1}")
     longest = getattr(config, "max_position_embeddings", None) or args.context
     if args.context > longest:
         raise UserError(f"--context {args.context}: {args.model} reads at most {longest} tokens")
-    return config.hidden_size
+    return width
 
 
 if __name__ == "__main__":

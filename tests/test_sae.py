@@ -900,11 +900,15 @@ def test_a_run_whose_weights_are_gone_is_not_complete(tmp_path):
     assert not is_complete(tmp_path, small())
 
 
-@pytest.mark.parametrize("change", ["metrics", "moments", "a parameter more", "a parameter less", "another shape"])
+@pytest.mark.parametrize(
+    "change", ["metrics", "no metrics", "moments", "a parameter more", "a parameter less", "another shape"]
+)
 def test_a_checkpoint_that_does_not_fit_the_code_says_what_differs(change, tmp_path):
     save_checkpoint(train(small(), steps=3), tmp_path)
     state, said = torch.load(tmp_path / "checkpoint.pt", weights_only=True), ""
     if change == "metrics":
+        state["metrics"] = [3]
+    elif change == "no metrics":
         del state["metrics"]
         said = "metrics"
     elif change == "moments":

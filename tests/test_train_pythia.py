@@ -1,5 +1,6 @@
 """train_pythia.py: hooks, tokens, the stream of activations, sweeps and resuming, on tiny models made here."""
 
+import functools
 import gzip
 import http.server
 import json
@@ -18,6 +19,7 @@ import torch
 from conftest import FAMILIES, line, tiny_model
 
 import evaluate
+import sae as sae_module
 import train_pythia
 from sae import ARCHS, SAE, UserError
 from train_pythia import Activations, blocks, documents, fetch, open_tokens, parse, residual_stream, tokenise
@@ -297,6 +299,9 @@ def test_a_long_text_is_read_in_pieces_and_comes_out_whole(tmp_path):
         ("a.jsonl", b'{"body": "x"}\n', "line 1 is not a JSON object"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "some words"}\n' * 500)[:-20], "damaged"),
         ("a.jsonl.gz", b"not gzip", "damaged"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 50, "damaged"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1 is not a JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 is not a JSON object"),
         ("a.txt", b"", "no text in it"),
         ("a.bin", b"123", "odd number of bytes"),
         ("a.bin", b"", "no text in it"),
@@ -319,6 +324,7 @@ def test_data_that_cannot_work_says_why(name, content, message, model_folder, tm
     [
         (["--layer", "4"], "--layer 4: .* has blocks 0 to 3"),
         (["--layer", "-1"], "--layer -1"),
+        (["--out", "x" * 300], "File name too long"),
         (["--model", "nowhere/at-all"], "--model nowhere/at-all: cannot be loaded"),
         (["--context", "65"], "--context 65: .* at most 64"),
         (["--tokens", "10"], "--tokens 10"),
@@ -330,7 +336,8 @@ def test_data_that_cannot_work_says_why(name, content, message, model_folder, tm
     ],
 )
 def test_a_command_line_that_cannot_work_says_why(flags, message, model_folder, tokens_file, tmp_path, refusal):
-    assert re.search(message, refusal(train_pythia.main, line(model_folder, tokens_file, tmp_path / "out", *flags)))
+    main = lambda line: sae_module.run_command(functools.partial(train_pythia.main, line))
+    assert re.search(message, refusal(main, line(model_folder, tokens_file, tmp_path / "out", *flags)))
     assert not (tmp_path / "out").exists()
 
 
