@@ -352,8 +352,9 @@ def compare_seeds(folders, threshold=0.7, on_data=False):
 
 def measured(group, *names):
     """A figure of quality.json of each run that has it, such as ("orthogonality", "mean")."""
-    values = [functools.reduce(lambda value, name: (value or {}).get(name), names, found) for found in group["quality"]]
-    return [value for value in values if value is not None]
+    step = lambda value, name: value.get(name) if isinstance(value, dict) else None
+    values = [functools.reduce(step, names, found) for found in group["quality"]]
+    return [value for value in values if isinstance(value, (int, float))]
 
 
 # Heads of the table: figures of quality.json with their form, and figures of a pair of seeds
@@ -674,6 +675,7 @@ def describe(folder):
     else:
         config = {"arch": sae.arch, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k} | sae.metadata
     seeds = [config.pop(name, None) for name in ("seed", "data_seed")]
+    seeds = [seed if isinstance(seed, int) else None for seed in seeds]
     length = config.get("length") or f"{config.get('steps', 0):,} steps"
     return sae, *seeds, {name: value for name, value in config.items() if name not in RUN_LOCAL}, length
 

@@ -802,6 +802,7 @@ def at_least(low, number=int):
             raise argparse.ArgumentTypeError(f"{text}: give {low} or more")
         return number(text)
 
+    convert.__name__ = number.__name__  # for argparse's messages
     return convert
 
 

@@ -24,7 +24,18 @@ from scipy import stats
 from tqdm import tqdm
 
 import evaluate
-from sae import SAE, Parser, UserError, at_least, make_folder, pick_device, read_json, run_command, write_json
+from sae import (
+    PENALTIES,
+    SAE,
+    Parser,
+    UserError,
+    at_least,
+    make_folder,
+    pick_device,
+    read_json,
+    run_command,
+    write_json,
+)
 from train_pythia import spliced
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
@@ -195,13 +206,16 @@ def choose(sae, folder, args):
         found = read_json(path)
         if found.get("sae") != evaluate.fingerprint(folder):
             raise UserError(f"{path}: is of another SAE than the one in its folder: repeat evaluate.py autointerp")
-        scores = {row["feature"]: (row["explanation"], row["score"]) for row in found["features"]}
+        try:
+            scores = {int(row["feature"]): (row["explanation"], row["score"]) for row in found["features"]}
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{path}: not as evaluate.py autointerp writes it, so repeat that") from None
+    evaluate.check_features([*features, *scores], sae)
     if not features:
         among = evaluate.alive_by_weight(sae)
         if scores:
             among = torch.zeros(sae.d_sae).index_fill_(0, torch.tensor(list(scores)), 1)
         features = evaluate.draw_features(among, args.n, args.seed)
-    evaluate.check_features(features, sae)
     return features, scores
 
 
@@ -619,7 +633,7 @@ def main(argv=None):
         summary = summarise(rows)
         write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
         runs.append(({"config": vars(hp), "folder": folder}, rows, summary))
-    names = evaluate.varying([group for group, *_ in runs])
+    names = evaluate.varying([group for group, *_ in runs]) or ["arch", *PENALTIES]
     labels = [evaluate.words(group["config"], names, group["config"]["length"]) for group, *_ in runs]
     if len(set(labels)) < len(labels):  # equal settings: only the folders tell them apart
         labels = [str(group["folder"]) for group, *_ in runs]

@@ -374,6 +374,14 @@ def test_a_grid_that_is_not_full_loses_no_seed(tmp_path):
     assert [group["figures"]["seeds"] for group in compare_seeds(find_runs([tmp_path]))] == [[0, 1, 2], [0, 1]]
 
 
+@pytest.mark.parametrize("quality", [{"fve": "x"}, {"orthogonality": 5}, {"fve": [1]}, {}])
+def test_what_is_no_figure_in_quality_json_is_not_measured(quality, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"r_seed{seed}", random_sae(), seed)
+        (tmp_path / f"r_seed{seed}" / "quality.json").write_text(json.dumps(quality))
+    assert "fve" not in evaluate.table(compare_seeds(find_runs([tmp_path])))
+
+
 def test_a_run_under_two_names_is_one_run(tmp_path):
     run = write_run(tmp_path / "r_seed0", random_sae(), 0)
     (tmp_path / "link").symlink_to(run)

@@ -503,6 +503,14 @@ def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("features", [5, [5], [{"feature": "a", "explanation": "", "score": 1}], [{"feature": 64}]])
+def test_an_autointerp_file_that_is_not_whole_is_named(features, run_folder, tmp_path):
+    found = {"sae": evaluate.fingerprint(run_folder[0]), "features": features}
+    (run_folder[0] / "autointerp.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"autointerp\.json: not as evaluate\.py autointerp writes it"):
+        run(run_folder[:1], tmp_path / "report")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
