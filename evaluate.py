@@ -229,8 +229,11 @@ def data_metric(folder, d_in):
     """
     path = Path(folder) / "covariance.npy"
     try:
-        values, vectors = np.linalg.eigh(np.load(path, allow_pickle=False).reshape(d_in, d_in))
-    except (OSError, ValueError, EOFError, np.linalg.LinAlgError) as error:
+        moments = np.load(path, allow_pickle=False).reshape(d_in, d_in).astype(np.float32)
+        values, vectors = np.linalg.eigh(moments)
+        if not np.isfinite(values).all():
+            raise ValueError
+    except Exception as error:  # there are many ways to be damaged
         hint = "evaluate.py quality writes it for language models, train_mnist.py at its end"
         raise UserError(f"--on-data: {path} cannot be read ({type(error).__name__}); {hint}") from None
     return torch.from_numpy(np.sqrt(values.clip(0))[:, None] * vectors.T)
@@ -673,11 +676,12 @@ def describe(folder):
     if (folder / "hparams.json").exists():
         config = read_hparams(folder)
     else:
-        config = {"arch": sae.arch, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k} | sae.metadata
+        config = sae.metadata | {"arch": sae.arch, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
     seeds = [config.pop(name, None) for name in ("seed", "data_seed")]
     seeds = [seed if isinstance(seed, int) else None for seed in seeds]
-    length = config.get("length") or f"{config.get('steps', 0):,} steps"
-    return sae, *seeds, {name: value for name, value in config.items() if name not in RUN_LOCAL}, length
+    length = str(config.get("length") or f"{config.get('steps')} steps")
+    simple = {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in config.items()}
+    return sae, *seeds, {name: value for name, value in simple.items() if name not in RUN_LOCAL}, length
 
 
 def load_groups(folders):
@@ -718,7 +722,8 @@ def load_groups(folders):
             group["label"] = str(group["folders"][0].parent / group["name"])
     # A penalised configuration stands below its own baseline
     names = [name for name in names if name not in PENALTIES]
-    penalties = lambda config: [config.get(name) or 0 for name in PENALTIES]
+    weight = lambda value: value if isinstance(value, (int, float)) else 0
+    penalties = lambda config: [weight(config.get(name)) for name in PENALTIES]
     return sorted(groups, key=lambda g: (words(g["config"], names, g["length"]), penalties(g["config"])))
 
 

@@ -655,7 +655,11 @@ def read_hparams(folder):
     for old, form, new in (("l1", "mean", "l1_mean"), ("l2", "norms", "l2_norm")):  # as named in older runs
         if hparams.pop(f"{old}_form", "") == form:
             hparams |= {new: hparams.get(old, 0.0), old: 0.0}
-    return asdict(Hparams()) | hparams
+    for known in fields(Hparams):
+        kinds = (float, int) if known.type is float else known.type
+        if not isinstance(hparams.setdefault(known.name, known.default), kinds):
+            raise UserError(f"{folder}/hparams.json: {known.name} is no {known.type.__name__}; move that folder away")
+    return hparams
 
 
 def is_complete(folder, hp):
@@ -709,6 +713,8 @@ def load_sae(folder):
             hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
             raise UserError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
         d_in, d_sae = tensors["W_enc"].shape
+        if 0 in (d_in, d_sae):
+            raise UserError(f"{folder}: an SAE of no features")
         if "k" in ARCHS[arch].settings and ARCHS[arch].infer is None and not 1 <= k <= d_sae:
             raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {k}")
         sae = SAE(d_in, d_sae, arch, k)

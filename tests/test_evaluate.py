@@ -575,6 +575,15 @@ def test_encoders_that_differ_where_there_is_no_data_are_shared_on_data_alone(tm
         assert values[0] == values[1]
 
 
+@pytest.mark.parametrize(
+    "metadata", [{"arch": 5}, {"l2": [1]}, {"seed": {}}, {"steps": None}, {"tied_init": [1]}, {"length": 3}]
+)
+def test_metadata_of_others_may_hold_anything(metadata, tmp_path):
+    for name, more in (("a", metadata), ("b", {}), ("c", {})):
+        random_sae().save(tmp_path / name, more)
+    assert any(len(group["seeds"]) >= 2 for group in compare_seeds(find_runs([tmp_path])))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no array", "another width"])
 def test_on_data_without_a_covariance_says_where_it_comes_from(content, tmp_path):
     for seed in range(2):

@@ -886,7 +886,19 @@ def test_weights_that_are_not_finite_are_refused_rather_than_counted_as_dead(val
         foreign(tmp_path, {"architecture": "standard"}, tensors)
 
 
-@pytest.mark.parametrize("text", ["[1]", "null", "3", "[" * 100_000, '{"hparams": null}', '{"hparams": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "null",
+        "3",
+        "[" * 100_000,
+        '{"hparams": {"l2": "1"}}',
+        '{"hparams": {"seed": [1]}}',
+        '{"hparams": null}',
+        '{"hparams": [1]}',
+    ],
+)
 def test_settings_that_are_no_object_are_an_error(text, tmp_path):
     (tmp_path / "hparams.json").write_text(text)
     with pytest.raises(UserError, match=r"hparams\.json"):
