@@ -922,7 +922,7 @@ class Judge:
         patience = {"status_forcelist": PASSING, "allowed_methods": None, "raise_on_status": False}
         self.patience = Patience(TRIES - 1, backoff_factor=BACKOFF, **patience)
         # Where nobody has ever answered, somebody who restarts is not worth waiting for
-        self.adapter = HTTPAdapter(pool_maxsize=concurrency, max_retries=self.patience.new(connect=2))
+        self.adapter = HTTPAdapter(pool_maxsize=min(concurrency, 100), max_retries=self.patience.new(connect=2))
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, self.adapter)
         for line in self.cache.read_text(errors="replace").splitlines() if self.cache.exists() else ():

@@ -367,7 +367,7 @@ def documents(path):
         raise UserError(f"--data {path}: not UTF-8 text ({error.reason} after line {line})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"--data {path}: damaged ({first_line(error)}): fetch it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'--data {path}: line {line} is not a JSON object with a "text"') from None
 
 
