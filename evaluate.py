@@ -396,8 +396,7 @@ def markdown(lines):
 
 def write_consistency(groups, path):
     """The JSON file, and the pictures beside it."""
-    path, several = Path(path), [group for group in groups if "figures" in group]
-    make_folder(path.parent)
+    several = [group for group in groups if "figures" in group]
     rows = [{"label": g["label"], "config": g["config"], "quality": g["quality"]} | g["figures"] for g in several]
     write_json(path, {"groups": rows})
     pictures = {"shares": plot_shares(several), "cosines": plot_best_matches(several)}
@@ -694,7 +693,7 @@ def load_groups(folders):
     runs = [(folder, *describe(folder)) for folder in folders]
 
     def key(config):
-        return json.dumps(config, sort_keys=True, default=str)
+        return json.dumps(config, sort_keys=True)  # all simple values, see describe
 
     times, groups = Counter((seed, key(config)) for _, _, seed, _, config, _ in runs), {}
     grids = {config for (seed, config), n in times.items() if seed is not None and n > 1}
