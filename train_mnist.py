@@ -11,6 +11,7 @@ At the end: the table of feature consistency over seeds, and pictures.
 
 import hashlib
 import itertools
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -173,21 +174,17 @@ def main(argv=None):
     groups = evaluate.compare_seeds(list(runs))
     print(evaluate.table(groups))
     evaluate.write_consistency(groups, args.out / "consistency.json")
-    for group in groups:
-        path = args.out / f"pairs_{group['name']}.png"
-        evaluate.save_figure(plot_pairs(*group["saes"][:2], group["label"]), path)
+    evaluate.save_figure(plot_pairs(groups), args.out / "pairs.png")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def draw_tiles(features, titles, columns, heading):
+def draw_tiles(axis, features, titles, columns, heading):
     """Features [n, 784] as images in rows of `columns`, each on its own scale: red adds ink, blue takes it away."""
     rows, height, width = -(-len(features) // columns), 38, 32
     canvas = np.zeros((max(rows, 1) * height + 2, columns * width))
-    figure = Figure(figsize=(7, 0.6 + 7 * canvas.shape[0] / canvas.shape[1]))
-    axis = figure.subplots()
     for n, (feature, title) in enumerate(zip(features, titles)):
         if title is None:  # an empty place
             continue
@@ -198,7 +195,6 @@ def draw_tiles(features, titles, columns, heading):
     axis.imshow(canvas, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_title(heading, fontsize=11)
     axis.axis("off")
-    return figure
 
 
 @torch.no_grad()
@@ -207,26 +203,34 @@ def plot_features(sae, mean_acts, n=64):
     W_dec = sae.W_dec.cpu()
     strength = mean_acts * W_dec.norm(dim=1)
     order = strength.argsort(descending=True)[:n]
-    titles = [f"{strength[i]:.2f}" for i in order]
-    return draw_tiles(W_dec[order], titles, 8, "Decoder features, strongest first (mean activation x norm above each)")
+    figure, heading = Figure(figsize=(7, 9)), "Decoder features, strongest first (mean activation x norm above each)"
+    draw_tiles(figure.subplots(), W_dec[order], [f"{strength[i]:.2f}" for i in order], 8, heading)
+    return figure
 
 
 @torch.no_grad()
-def plot_pairs(a, b, name, columns=8):
-    """Alive features of one SAE above their one-to-one partners (Hungarian, decoder) in another, best to worst."""
-    features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
-    cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
-    rows, partners = linear_sum_assignment(np.abs(cos), maximize=True)
-    order = np.argsort(-np.abs(cos[rows, partners]))
-    order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
-    features, titles = [], []
-    for start in range(0, len(order), columns):
-        i, j = rows[order[start : start + columns]], partners[order[start : start + columns]]
-        empty = [None] * (columns - len(i))  # so that partners stand below, whatever the number of pairs
-        features += [*features_a[i], *empty, *features_b[j], *empty]
-        titles += [*(f"{c:+.2f}" for c in cos[i, j]), *empty, *[""] * len(j), *empty]
-    heading = f"{name}: features of one seed, each above its partner\nin another, with their cosine; best pair to worst"
-    return draw_tiles(features, titles, columns, heading)
+def plot_pairs(groups, columns=4):
+    """For each configuration, side by side: alive features of one seed above their one-to-one partners (Hungarian,
+    decoder) in the next, from the best pair to the worst."""
+    rows = -(-len(groups) // 2)
+    figure = Figure(figsize=(7, 0.6 + 4.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis in axes[len(groups) :]:
+        axis.axis("off")
+    for axis, group in zip(axes, groups):
+        features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in group["saes"][:2])
+        cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
+        i, j = linear_sum_assignment(np.abs(cos), maximize=True)
+        order = np.argsort(-np.abs(cos[i, j]))
+        order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
+        features, titles = [], []
+        for some in (order[:columns], order[columns:]):
+            empty = [None] * (columns - len(some))  # so that partners stand below, whatever the number of pairs
+            features += [*features_a[i[some]], *empty, *features_b[j[some]], *empty]
+            titles += [*(f"{c:+.2f}" for c in cos[i, j][some]), *empty, *[""] * len(some), *empty]
+        draw_tiles(axis, features, titles, columns, textwrap.fill(group["label"], 36))
+    figure.suptitle("Features of one seed, each above its partner in another,\nwith their cosine; best pair to worst")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------
