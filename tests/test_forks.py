@@ -237,7 +237,7 @@ def two_seeds(tmp_path):
 
     def trained(copy):
         copy.train("--l2", 0, 1e-3, "--seed", 0, 1, "--tied-init", save=tmp_path / "runs")
-        return sorted((tmp_path / "runs").iterdir())
+        return sorted((tmp_path / "runs").iterdir(), key=lambda run: ("l2-0.001" in run.name, run.name))
 
     return trained
 
