@@ -746,7 +746,8 @@ def words(config, names, length=""):
         value = config.get(name)
         if name in said:
             parts.append(said[name].get(value, ""))
-        elif name not in (*PENALTIES, "steps", "biases"):  # biases come with tied initialisation
+        # Biases come with tied initialisation, and what has a weight of 0 is left out
+        elif name not in (*PENALTIES, "steps", "biases") and not (isinstance(value, float) and value == 0):
             parts.append(value if name == "arch" else f"{name.replace('_', ' ')} {short(value)}")
     if {*names} & {*PENALTIES}:
         parts += penalties or ["no penalty"]
@@ -817,21 +818,22 @@ def plain(*axes):
 
 
 def plot_shares(groups):
-    """Consistency by configuration: bars are means over pairs of seeds, dots the pairs themselves."""
-    panels = (("mean_max_cos_dec_alive", "mean max cosine\n(decoder, alive)"), ("shared", "shared\n(all features)"))
-    panels += (("shared_alive", "shared\n(alive features)"),)
-    figure = Figure(figsize=(7, 1.6 + 0.4 * len(groups)))
+    """Consistency by configuration, a row each: dots are pairs of seeds, orange where there is a penalty."""
+    panels = {"max cos dec, of alive": "mean_max_cos_dec_alive", "shared, of all": "shared"}
+    panels["shared, of alive"] = "shared_alive"
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(groups)))
     axes = figure.subplots(1, len(panels), sharey=True)
-    penalised = [any(group["config"].get(name) for name in PENALTIES) for group in groups]
-    for axis, (name, title) in zip(axes, panels):
+    for axis, (title, name) in zip(axes, panels.items()):
         pairs = [[pair[name] for pair in group["figures"]["pairs"]] for group in groups]
-        for row, values in enumerate(pairs):
-            axis.barh(row, np.mean(values), color="C1" if penalised[row] else "C0", alpha=0.5)
-            axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
+        for row, (group, values) in enumerate(zip(groups, pairs)):
+            colour = "C1" if any(group["config"].get(penalty) for penalty in PENALTIES) else "C0"
+            axis.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.7)
             place = axis.get_yaxis_transform()  # x as a share of the width
             axis.text(1, row, f"{np.mean(values):.3f}", transform=place, ha="right", va="center", fontsize=10)
-        axis.set(title=title, xlim=(0, 1.5 * max(0.05, *itertools.chain(*pairs))))
-    axes[0].set_yticks(range(len(groups)), [textwrap.fill(group["label"], 24) for group in groups], fontsize=9)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlim(0, 1.5 * max(0.05, *itertools.chain(*pairs)))
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0].set_yticks(range(len(groups)), [textwrap.fill(group["label"], 28) for group in groups], fontsize=10)
     axes[0].invert_yaxis()
     plain(*axes)
     return figure
