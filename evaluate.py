@@ -713,17 +713,23 @@ def load_groups(folders):
         group["alive"].append(int(alive_by_weight(sae).sum()))
         if (folder / "quality.json").exists():
             group["quality"].append(read_json(folder / "quality.json"))
-    groups, names = list(groups.values()), varying(groups.values()) or ["arch", *PENALTIES]
-    for group in groups:
-        group["label"] = words(group["config"], names, group["length"])
-    if len({group["label"] for group in groups}) < len(groups):  # only their folders tell them apart
-        for group in groups:
-            group["label"] = str(group["folders"][0].parent / group["name"])
+    groups = list(groups.values())
+    add_labels(groups)
     # A penalised configuration stands below its own baseline
-    names = [name for name in names if name not in PENALTIES]
+    names = [name for name in varying(groups) if name not in PENALTIES]
     weight = lambda value: value if isinstance(value, (int, float)) else 0
     penalties = lambda config: [weight(config.get(name)) for name in PENALTIES]
     return sorted(groups, key=lambda g: (words(g["config"], names, g["length"]), penalties(g["config"])))
+
+
+def add_labels(groups):
+    """Give each group its label: the settings in which they differ, in words, or its folder where those do not tell."""
+    names = varying(groups) or ["arch", *PENALTIES]
+    for group in groups:
+        group["label"] = words(group["config"], names, group["length"])
+    if len({group["label"] for group in groups}) < len(groups):
+        for group in groups:
+            group["label"] = str(group["folders"][0].parent / group["name"])
 
 
 def varying(groups):
@@ -1140,7 +1146,7 @@ def explain(args):
     print(f"{len(rows)} features: {counts}" + (f"; mean score {np.mean(scores):.3f}" if scores else ""))
 
 
-def main(argv=None):
+def parse(argv):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
 
@@ -1185,6 +1191,11 @@ def main(argv=None):
             parser.error("--judge: name the model to ask for at --base-url, or give --dry-run")
         if args.context <= 2 * args.half_window:
             parser.error(f"--context {args.context}: give more than two of --half-window {args.half_window}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     args.command(args)
 
 

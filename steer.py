@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import evaluate
 from sae import (
-    PENALTIES,
     SAE,
     Parser,
     UserError,
@@ -632,12 +631,10 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in (*names, "judge_options", "fixed_order")} | {"rms": rms}
         summary = summarise(rows)
         write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
-        runs.append(({"config": vars(hp), "folder": folder}, rows, summary))
-    names = evaluate.varying([group for group, *_ in runs]) or ["arch", *PENALTIES]
-    labels = [evaluate.words(group["config"], names, group["config"]["length"]) for group, *_ in runs]
-    if len(set(labels)) < len(labels):  # equal settings: only the folders tell them apart
-        labels = [str(group["folder"]) for group, *_ in runs]
-    report([(label, *run[1:]) for label, run in zip(labels, runs)], out)
+        group = {"config": vars(hp), "length": hp.length, "folders": [folder], "name": folder.name}
+        runs.append((group, rows, summary))
+    evaluate.add_labels([group for group, *_ in runs])
+    report([(group["label"], *results) for group, *results in runs], out)
 
 
 def open_judges(args, cache):
