@@ -256,8 +256,7 @@ def match_pair(a, b, threshold=0.7, metric=None):
     Returns a dict of figures, each over all features and over those alive, both directions averaged:
     mean_max_cos (mean of the best match), paired (share whose best match exceeds the threshold), shared (share
     whose one-to-one partner by Hungarian matching is the same for decoder and encoder, both cosines above the
-    threshold); the shared partner in b of each feature of a, [d_sae] int, -1 for none; and the best decoder
-    matches of the features alive in a, then in b.
+    threshold); and the shared partner in b of each feature of a, [d_sae] int, -1 for none.
     """
     if (a.d_in, a.d_sae) != (b.d_in, b.d_sae):
         shapes = f"d_in {a.d_in}, d_sae {a.d_sae} and d_in {b.d_in}, d_sae {b.d_sae}"
@@ -278,7 +277,7 @@ def match_pair(a, b, threshold=0.7, metric=None):
         partner[alive[0][i]] = alive[1][j]
     both = (partner >= 0).sum()
     figures["shared"], figures["shared_alive"] = shares([both, both], counts, a.d_sae)
-    return figures, partner, np.concatenate(best_dec)
+    return figures, partner
 
 
 def shares(totals, alive, d_sae):
@@ -317,12 +316,11 @@ def sharedness(partner, n_seeds):
 
 
 def consistency(saes, seeds, threshold=0.7, metric=None):
-    """All pairs of seeds of one configuration: a dict as in the JSON file, and the pairs' best decoder matches."""
-    pairs, partner, best = [], {}, []
+    """All pairs of seeds of one configuration: a dict as in the JSON file."""
+    pairs, partner = [], {}
     for a, b in itertools.combinations(range(len(saes)), 2):
-        figures, partner[a, b], best_ab = match_pair(saes[a], saes[b], threshold, metric)
+        figures, partner[a, b] = match_pair(saes[a], saes[b], threshold, metric)
         pairs.append({"seeds": [seeds[a], seeds[b]]} | figures)
-        best.append(best_ab)
     classes = sharedness(partner, len(saes))
     alive = np.stack([alive_by_weight(sae).numpy() for sae in saes])
     result = {"seeds": list(seeds), "alive": alive.sum(1).tolist(), "d_sae": saes[0].d_sae, "pairs": pairs}
@@ -331,7 +329,7 @@ def consistency(saes, seeds, threshold=0.7, metric=None):
         of_alive = [((row == value) & a).sum() / max(a.sum(), 1) for row, a in zip(classes, alive)]
         result[f"{name}_shared"] = float((classes == value).mean())
         result[f"{name}_shared_alive"] = float(np.mean(of_alive))
-    return result, best
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -340,7 +338,7 @@ def consistency(saes, seeds, threshold=0.7, metric=None):
 
 def compare_seeds(folders, threshold=0.7, on_data=False):
     """Consistency of every configuration among the run folders: the groups of load_groups, those of two seeds or more
-    with `figures` and `best` of `consistency`. With on_data, encoders are compared as data_metric has it. UserError."""
+    with `figures` of `consistency`. With on_data, encoders are compared as data_metric has it. UserError."""
     groups = load_groups(folders)
     several = [group for group in groups if len(group["saes"]) > 1]
     if not several:
@@ -349,7 +347,7 @@ def compare_seeds(folders, threshold=0.7, on_data=False):
         raise UserError(f"RUN...: no two SAEs of one configuration and shape; found {found}; they differ in: {differ}")
     for group in tqdm(several, desc="matching seeds", unit="configuration"):
         metric = data_metric(group["folders"][0], group["saes"][0].d_in) if on_data else None
-        group["figures"], group["best"] = consistency(group["saes"], group["seeds"], threshold, metric)
+        group["figures"] = consistency(group["saes"], group["seeds"], threshold, metric)
     return groups
 
 
@@ -399,7 +397,9 @@ def write_consistency(groups, path):
     several = [group for group in groups if "figures" in group]
     rows = [{"label": g["label"], "config": g["config"], "quality": g["quality"]} | g["figures"] for g in several]
     write_json(path, {"groups": rows})
-    pictures = {"shares": plot_shares(several), "cosines": plot_best_matches(several)}
+    pictures = {"shares": plot_shares(several)}
+    if any(measured(group, "fve") for group in several):
+        pictures["front"] = plot_front(several)
     pictures |= {name: plot_penalty(groups, name) for name in PENALTIES if name in varying(groups)}
     for name, figure in pictures.items():
         save_figure(figure, path.with_name(f"{path.stem}_{name}.png"))
@@ -845,17 +845,24 @@ def plot_shares(groups):
     return figure
 
 
-def plot_best_matches(groups):
-    """How well the features of one seed are found in another: the distribution of best decoder cosines."""
-    figure = Figure(figsize=(7, 4.5))
+def plot_front(groups):
+    """What consistency costs: shared features, of all, over loss recovered (or fve), a number for each configuration.
+    Lines are the range over pairs of seeds; orange where there is a penalty."""
+    recovered = "loss_recovered" if any(measured(group, "loss_recovered") for group in groups) else "fve"
+    figure = Figure(figsize=(7, 4 + 0.1 * len(groups)), layout="constrained")
     axis = figure.subplots()
-    for row, group in enumerate(groups):
-        values = np.concatenate(group["best"])
-        axis.hist(values, bins=np.linspace(0, 1, 51), density=True, histtype="step", linewidth=2, color=f"C{row % 10}")
-        axis.plot([], [], color=f"C{row % 10}", linewidth=2, label=f"{group['label']} ({len(values):,} features)")
-    axis.axvline(0.7, color="gray", linestyle=":")
-    axis.set(xlabel="|cosine| with the best match in another seed (decoder, alive)", ylabel="density", xlim=(0, 1))
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    for number, group in enumerate(groups, 1):
+        shared, values = [pair["shared"] for pair in group["figures"]["pairs"]], measured(group, recovered)
+        if not values:
+            continue
+        colour = "C1" if any(group["config"].get(penalty) for penalty in PENALTIES) else "C0"
+        at = np.mean(values), np.mean(shared)
+        axis.plot([at[0]] * 2, [min(shared), max(shared)], color=colour, linewidth=3, alpha=0.4)
+        axis.plot(*at, "o", color=colour, markersize=5)
+        axis.annotate(str(number), at, xytext=(4, 3), textcoords="offset points")
+        axis.plot([], [], "o", color=colour, label=f"{number}: {group['label']}")
+    axis.set(xlabel=recovered.replace("_", " "), ylabel="shared, of all", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     plain(axis)
     return figure
 

@@ -1,10 +1,18 @@
-"""Models, SAEs and an endpoint made here in seconds. No test needs the network: said before transformers loads."""
+"""Models, SAEs, forks and an endpoint made here in seconds. No test needs the network: said before transformers."""
 
+import functools
 import http.server
+import importlib
 import json
 import os
+import runpy
+import shutil
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,8 +22,14 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import evaluate
+import steer  # noqa: F401, so that the originals are there to come back after a fork
+import train_mnist  # noqa: F401
+import train_pythia
 from sae import UserError
 
+ROOT = Path(__file__).parents[1]
+FORKS = ROOT / ".readme" / "forks"
+FORKED = ("sae", "evaluate", "train_mnist", "train_pythia", "steer")  # modules
 FAMILIES = {
     "gpt_neox": transformers.GPTNeoXConfig,
     "gpt2": transformers.GPT2Config,
@@ -55,7 +69,6 @@ def line(model_folder, tokens_file, out, *more):
 @pytest.fixture
 def run_folder(model_folder, tmp_path, monkeypatch):
     """The folders of two trained SAEs, seeds 0 and 1."""
-    import train_pythia
 
     monkeypatch.setattr(train_pythia, "BUFFER", 1000)
     tokens = tmp_path / "tokens.bin"
@@ -89,6 +102,68 @@ def autointerp_line(run, chat, *more):
 
 def autointerp(run, chat, *more):
     evaluate.main(autointerp_line(run, chat, *more))
+
+
+class Fork:
+    """The modules of a folder, and short training runs on drawn digits with them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in FORKED:
+            setattr(self, name, importlib.import_module(name))
+        assert Path(self.sae.__file__).parent == folder
+        self.train_mnist.DATA["glyphs"] = (400, 2, self.train_mnist.IMAGES | {"d_sae": 64, "batch_size": 20})
+        self.train_pythia.check_model = lambda args: 512
+        self.sae.LOG_EVERY = 10
+
+    @functools.cached_property
+    def splits(self):
+        """Training and test images."""
+        return self.train_mnist.load_images("glyphs")
+
+    def train(self, *flags, save=None):
+        """The trainers of a command line after 40 steps; their runs go into the folder `save`, where that is given."""
+        line = ["--data", "glyphs", "--device", "cpu", "--lr", "0.01", *map(str, flags)]
+        _, runs = self.train_mnist.parse([*line, "--out", str(save)])
+        trainers = {folder: self.sae.Trainer(hp) for folder, hp in runs.items()}
+        for folder, trainer in trainers.items():
+            self.sae.fit({folder: trainer}, self.train_mnist.batches(self.splits[0], trainer.hp))
+            if save:
+                self.sae.save_run(trainer, folder, {})
+        return list(trainers.values())
+
+    def sizes(self, *flags):
+        """The summed norms of the features of encoder and decoder after a training."""
+        (trainer,) = self.train(*flags)
+        return SimpleNamespace(
+            enc=trainer.sae.encoder.norm(dim=1).sum().item(), dec=trainer.sae.W_dec.norm(dim=1).sum().item()
+        )
+
+    def script(self, name, monkeypatch, capsys, *arguments):
+        """What a script of the recipe prints."""
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(self.folder / name), run_name="__main__")
+        return capsys.readouterr().out
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A function: a clean copy of the five files with a recipe applied, imported in place of the originals."""
+
+    def applied(name=None):
+        folder = tmp_path / (name or "original")
+        folder.mkdir()
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, folder)
+        if name:
+            subprocess.run(["git", "apply", FORKS / f"{name}.diff"], cwd=folder, check=True)
+        for module in FORKED:
+            monkeypatch.delitem(sys.modules, module, raising=False)  # the originals come back after the test
+        monkeypatch.syspath_prepend(folder)
+        return Fork(folder)
+
+    return applied
 
 
 class ChatServer(http.server.ThreadingHTTPServer):

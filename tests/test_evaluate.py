@@ -109,7 +109,7 @@ def test_geometry_of_an_sae_without_living_features_is_none():
 @pytest.mark.parametrize("seed", range(8))
 def test_matching_equals_brute_force_over_all_permutations(seed):
     a, b = random_sae(seed=seed), permuted(random_sae(seed=seed), order_of(6, seed), noise=0.6, flip=True)
-    figures, partner, _ = match_pair(a, b, threshold=0.7)
+    figures, partner = match_pair(a, b, threshold=0.7)
 
     def best_permutation(rows_a, rows_b):
         cos = torch.cosine_similarity(rows_a[:, None], rows_b[None], dim=2).abs().detach().numpy()
@@ -142,7 +142,7 @@ def test_two_saes_on_which_sparse_matchings_hang_are_matched():
         with torch.no_grad():
             saes[-1].W_enc.copy_(torch.from_numpy(arrays[f"enc{number}"]).float())
             saes[-1].W_dec.copy_(torch.from_numpy(arrays[f"dec{number}"]).float())
-    figures, partner, _ = match_pair(*saes)
+    figures, partner = match_pair(*saes)
     assert (partner >= 0).sum() == 4
     assert figures["mean_max_cos_dec"] == pytest.approx(0.385, abs=1e-3)
     assert figures["mean_max_cos_enc"] == pytest.approx(0.226, abs=1e-3)
@@ -150,7 +150,7 @@ def test_two_saes_on_which_sparse_matchings_hang_are_matched():
 
 def test_a_planted_permutation_with_flips_and_noise_is_recovered_exactly():
     a, order = random_sae(d_in=64, d_sae=200), order_of(200)
-    figures, partner, _ = match_pair(a, permuted(a, order, noise=0.2, flip=True))
+    figures, partner = match_pair(a, permuted(a, order, noise=0.2, flip=True))
     assert partner.tolist() == order.tolist()
     assert figures["shared"] == figures["shared_alive"] == 1
 
@@ -160,7 +160,7 @@ def test_decoders_that_agree_are_not_shared_while_encoders_disagree():
     b = permuted(a, order_of(50))
     with torch.no_grad():
         b.W_enc.normal_(generator=torch.Generator().manual_seed(9))
-    figures, partner, _ = match_pair(a, b)
+    figures, partner = match_pair(a, b)
     assert figures["paired_dec"] == 1
     assert figures["shared"] == 0
     assert (partner == -1).all()
@@ -171,27 +171,28 @@ def test_dead_features_match_nothing_and_shares_are_given_over_all_and_over_aliv
     b = permuted(a, order)
     kill(a, range(10))  # 30 alive
     kill(b, order[5:20])  # 25 alive; 20 features are alive in both
-    figures, partner, best = match_pair(a, b)
+    figures, partner = match_pair(a, b)
     assert (partner >= 0).nonzero()[0].tolist() == list(range(20, 40))
     assert figures["shared"] == 20 / 40
     assert figures["shared_alive"] == pytest.approx((20 / 30 + 20 / 25) / 2)
-    assert len(best) == 30 + 25
-    assert figures["mean_max_cos_dec"] == pytest.approx(best[:30].sum() / 80 + best[30:].sum() / 80)
-    assert figures["mean_max_cos_dec_alive"] == pytest.approx((best[:30].mean() + best[30:].mean()) / 2)
+    rows = [evaluate.unit_rows(sae.W_dec[evaluate.alive_by_weight(sae)]).detach() for sae in (a, b)]
+    cos = (rows[0] @ rows[1].T).abs()
+    assert cos.shape == (30, 25)
+    assert figures["mean_max_cos_dec"] == pytest.approx((cos.amax(1).sum() + cos.amax(0).sum()).item() / 80)
+    assert figures["mean_max_cos_dec_alive"] == pytest.approx((cos.amax(1).mean() + cos.amax(0).mean()).item() / 2)
 
 
 def test_two_saes_without_living_features_share_nothing():
-    figures, partner, best = match_pair(SAE(4, 8), SAE(4, 8))
+    figures, partner = match_pair(SAE(4, 8), SAE(4, 8))
     assert set(figures.values()) == {0}
     assert (partner == -1).all()
-    assert len(best) == 0
 
 
 def test_matching_does_not_depend_on_which_sae_comes_first():
     a, b = random_sae(d_sae=30), permuted(random_sae(d_sae=30), order_of(30), noise=0.4)
     kill(b, [1, 2])
-    there, partner, _ = match_pair(a, b)
-    back, partner_back, _ = match_pair(b, a)
+    there, partner = match_pair(a, b)
+    back, partner_back = match_pair(b, a)
     assert there == pytest.approx(back)
     for i, j in enumerate(partner):
         assert j < 0 or partner_back[j] == i
@@ -215,7 +216,7 @@ def test_cycles_of_three_seeds_are_always_shared_whatever_the_order_of_rows():
             fresh = random_sae(d_in=64, d_sae=30, seed=50 + number)
             model.W_dec[own] = fresh.W_dec[own]
             model.W_enc[:, own] = fresh.W_enc[:, own]
-    result, _ = consistency(saes, [0, 1, 2])
+    result = consistency(saes, [0, 1, 2])
     assert result["always_shared"] == pytest.approx(10 / 30)
     assert result["sometimes_shared"] == pytest.approx((5 + 5 + 0) / 90)
     assert result["never_shared"] == pytest.approx(1 - 10 / 30 - 10 / 90)
@@ -322,6 +323,7 @@ def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, ca
     folders = [write_run(tmp_path / f"r_seed{s}", permuted(base, order_of(20, s)), s) for s in (0, 1, 2)]
     (tmp_path / "picture.png").write_bytes(b"")
     out = tmp_path / "results" / "shared.json"
+    evaluate.write_json(folders[0] / "quality.json", {"fve": 0.9})  # so that there is a front to draw
     evaluate.main(["seeds", *map(str, folders), str(tmp_path / "picture.png"), "--json", str(out)])
     (group,) = json.loads(out.read_text())["groups"]
     assert group["config"]["d_sae"] == 20
@@ -332,8 +334,8 @@ def test_the_command_writes_the_json_of_the_design_and_two_pictures(tmp_path, ca
     assert keys <= set(group["pairs"][0])
     shares = [group[name] for name in ("always_shared", "sometimes_shared", "never_shared", "always_shared_alive")]
     assert shares == [1, 0, 0, 1]
-    assert {p.name for p in out.parent.iterdir()} == {"shared.json", "shared_shares.png", "shared_cosines.png"}
-    assert "| relu, no penalty | 3     | 20/20 |" in capsys.readouterr().out
+    assert {p.name for p in out.parent.iterdir()} == {"shared.json", "shared_shares.png", "shared_front.png"}
+    assert "| relu, no penalty | 3     | 20/20 | 0.900 |" in capsys.readouterr().out
 
 
 def test_any_name_of_a_folder_can_be_drawn(tmp_path):
@@ -610,7 +612,7 @@ def test_the_table_joins_quality_and_consistency(run_folder, tmp_path, capsys):
     for name, column, digits in (("fve", "fve", 3), ("loss_recovered", "loss recovered", 4), ("l0", "l0", 1)):
         mean = sum(result[name] for result in results) / 2
         assert float(cells[column]) == pytest.approx(mean, abs=0.6 * 10**-digits)
-    figures, _, _ = match_pair(*map(SAE.load, run_folder))
+    figures, _ = match_pair(*map(SAE.load, run_folder))
     assert cells["shared"] == "{shared:.3f} ({shared_alive:.3f})".format(**figures)
     evaluate.main(["seeds", str(run_folder[0].parent), "--on-data"])  # what quality wrote is enough
     assert "correlations of their pre-activations" in capsys.readouterr().out
@@ -621,9 +623,7 @@ def test_the_curves_are_over_whichever_penalty_varies(penalty, tmp_path, capsys)
     for weight, seed in ((0.0, 0), (0.0, 1), (1e-3, 0), (1e-3, 1), (1e-2, 0)):
         write_run(tmp_path / f"r_{weight:g}_seed{seed}", random_sae(seed=seed), seed, **{penalty: weight})
     evaluate.main(["seeds", str(tmp_path), "--json", str(tmp_path / "all.json")])
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        f"all_{name}.png" for name in ("shares", "cosines", penalty)
-    }
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"all_{name}.png" for name in ("shares", penalty)}
     lines = capsys.readouterr().out.splitlines()
     assert lines[4].startswith(f"| {penalty.replace('_', ' ')} 0.01")
     assert lines[4].count(" - ") == 6, "one seed is in the table, and compared with none"

@@ -1,81 +1,15 @@
 """Every recipe of .readme/forks applies to this checkout, does what it says, and at rest changes no weight."""
 
-import importlib
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import FORKS, ROOT
 
-import train_mnist  # noqa: F401, so that the originals of all three are there to come back
-
-ROOT = Path(__file__).parents[1]
-FORKS = ROOT / ".readme" / "forks"
-MODULES = ("sae", "evaluate", "train_mnist")
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git, which applies the recipes, is not installed")
-
-
-class Fork:
-    """The modules of a folder, and short training runs on drawn digits with them."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for name in MODULES:
-            setattr(self, name, importlib.import_module(name))
-        assert Path(self.sae.__file__).parent == folder
-        self.train_mnist.DATA["glyphs"] = (400, 2, self.train_mnist.IMAGES | {"d_sae": 64, "batch_size": 20})
-        self.sae.LOG_EVERY = 10
-        self.images, self.test_images = self.train_mnist.load_images("glyphs")
-
-    def train(self, *flags, save=None):
-        """The trainers of a command line after 40 steps; their runs go into the folder `save`, where that is given."""
-        line = ["--data", "glyphs", "--device", "cpu", "--lr", "0.01", *map(str, flags)]
-        _, runs = self.train_mnist.parse([*line, "--out", str(save)])
-        trainers = {folder: self.sae.Trainer(hp) for folder, hp in runs.items()}
-        for folder, trainer in trainers.items():
-            self.sae.fit({folder: trainer}, self.train_mnist.batches(self.images, trainer.hp))
-            if save:
-                self.sae.save_run(trainer, folder, {})
-        return list(trainers.values())
-
-    def sizes(self, *flags):
-        """The summed norms of the features of encoder and decoder after a training."""
-        (trainer,) = self.train(*flags)
-        return SimpleNamespace(
-            enc=trainer.sae.encoder.norm(dim=1).sum().item(), dec=trainer.sae.W_dec.norm(dim=1).sum().item()
-        )
-
-    def script(self, name, monkeypatch, capsys, *arguments):
-        """What a script of the recipe prints."""
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(str(self.folder / name), run_name="__main__")
-        return capsys.readouterr().out
-
-
-@pytest.fixture
-def fork(tmp_path, monkeypatch):
-    """A function: a clean copy of the five files with a recipe applied, imported in place of the originals."""
-
-    def applied(name=None):
-        folder = tmp_path / (name or "original")
-        folder.mkdir()
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, folder)
-        if name:
-            subprocess.run(["git", "apply", FORKS / f"{name}.diff"], cwd=folder, check=True)
-        for module in MODULES:
-            monkeypatch.delitem(sys.modules, module, raising=False)  # the originals come back after the test
-        monkeypatch.syspath_prepend(folder)
-        return Fork(folder)
-
-    return applied
 
 
 def weights(trainers):
@@ -206,12 +140,12 @@ def test_jumprelu_learns_its_thresholds_resumes_and_is_compared_across_seeds(for
     # Stopped half way and gone on with: the same weights
     whole, hp = trainers[0], trainers[0].hp
     first = copy.sae.Trainer(hp)
-    for _, x in zip(range(20), copy.train_mnist.batches(copy.images, hp)):
+    for _, x in zip(range(20), copy.train_mnist.batches(copy.splits[0], hp)):
         first.train_step(x)
     copy.sae.save_checkpoint(first, tmp_path / "half")
     second = copy.sae.Trainer(hp)
     copy.sae.resume(second, tmp_path / "half")
-    copy.sae.fit({tmp_path / "half": second}, copy.train_mnist.batches(copy.images, hp, first=20))
+    copy.sae.fit({tmp_path / "half": second}, copy.train_mnist.batches(copy.splits[0], hp, first=20))
     assert weights([second]) == weights([whole])
 
 
@@ -250,10 +184,10 @@ def test_a_cleaned_encoder_does_the_same_to_data_and_nothing_where_there_are_non
     copy.script("clean_encoder.py", monkeypatch, capsys, 1e-6, tmp_path / "clean", "glyphs", *runs)
     for run in runs:
         before, after = copy.sae.SAE.load(run), copy.sae.SAE.load(tmp_path / "clean" / run.name)
-        never = copy.test_images.std(0) == 0  # pixels that always have one value
+        never = copy.splits[1].std(0) == 0  # pixels that always have one value
         assert never.any()
         assert after.W_enc[never].abs().max() < 1e-4 < before.W_enc[never].abs().max()
-        assert torch.allclose(after.pre_acts(copy.test_images), before.pre_acts(copy.test_images), atol=0.01)
+        assert torch.allclose(after.pre_acts(copy.splits[1]), before.pre_acts(copy.splits[1]), atol=0.01)
         assert torch.equal(after.W_dec, before.W_dec)
     copy.evaluate.main(["seeds", str(tmp_path / "clean")])
     assert "l2 0.001" in capsys.readouterr().out
@@ -267,7 +201,7 @@ def test_what_died_counts_the_lost_and_what_they_were_worth(fork, two_seeds, tmp
     rows = [copy.evaluate.unit_rows(s.W_dec[copy.evaluate.alive_by_weight(s)]).detach() for s in (a, b)]
     lost = [i for i, row in enumerate(rows[0]) if all(abs(float(row @ other)) <= 0.5 for other in rows[1])]
     assert f"{len(lost)} lost" in said
-    x = copy.test_images
+    x = copy.splits[1]
     for features, name in (([], "nothing"), (lost, "the lost")):
         acts = a.encode(x).detach()
         acts[:, copy.evaluate.alive_by_weight(a).nonzero().flatten()[features]] = 0
@@ -282,7 +216,7 @@ def test_what_they_carry_divides_the_features_that_fire_among_three_classes(fork
     form = r"(\w+) shared: (\d+) features, alone \[\s*(\S+?)\], as many alike \[\s*(\S+?)\]"
     rows = [re.search(form, line).groups() for line in said.splitlines()]
     assert [row[0] for row in rows] == ["always", "sometimes", "never"] * 2
-    x = copy.test_images
+    x = copy.splits[1]
     fired = [int((copy.sae.SAE.load(run).encode(x) > 0).any(0).sum()) for run in runs]
     for found, of_seeds in zip((rows[:3], rows[3:]), (fired[:2], fired[2:])):
         assert sum(int(row[1]) for row in found) == pytest.approx(np.mean(of_seeds), abs=1.5)
