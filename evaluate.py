@@ -43,6 +43,7 @@ from urllib3.util import Retry
 from sae import (
     PENALTIES,
     SAE,
+    Hparams,
     Parser,
     UserError,
     at_least,
@@ -752,12 +753,17 @@ def words(config, names, length=""):
         value = config.get(name)
         if name in said:
             parts.append(said[name].get(value, ""))
-        # Biases come with tied initialisation, and what has a weight of 0 is left out
-        elif name not in (*PENALTIES, "steps", "biases") and not (isinstance(value, float) and value == 0):
+        # Biases come with tied initialisation
+        elif name not in (*PENALTIES, "steps", "biases") and (name in ("arch", "model") or not is_default(name, value)):
             parts.append(value if name == "arch" else f"{name.replace('_', ' ')} {short(value)}")
     if {*names} & {*PENALTIES}:
         parts += penalties or ["no penalty"]
-    return ", ".join(filter(None, [*parts, length if "steps" in names else ""]))
+    return ", ".join(filter(None, [*parts, length if "steps" in names else ""])) or "as by default"
+
+
+def is_default(name, value):
+    """Whether a label goes without a setting: a choice or a weight as it is by default. A number of things is said."""
+    return isinstance(value, (str, float)) and value == getattr(Hparams, name, None)
 
 
 def short(value):
