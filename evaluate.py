@@ -1079,12 +1079,6 @@ def json_object(text):
 # Command line
 
 
-def share(text):
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number between 0 and 1, such as 0.7")
-    return float(text)
-
-
 def new_file(text):
     if Path(text).exists() and not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text}: not a file; give a name that ends in .json")
@@ -1165,13 +1159,14 @@ def parse(argv):
 
     def command(name, function, text):
         add = commands.add_parser(name, help=text, description=text).add_argument
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        if function is not seeds:
+            add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         commands.choices[name].set_defaults(command=function)
         return add
 
     add = command("seeds", seeds, "quality and consistency of features across seeds, by configuration")
     add("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
-    add("--threshold", type=share, default=0.7, help="cosine from which features are the same")
+    add("--threshold", type=at_least(0, float, 1), default=0.7, help="cosine from which features are the same")
     add("--on-data", action="store_true", help="compare encoders by what they do, see data_metric")
     add("--json", type=new_file, metavar="FILE", help="write the figures here, and pictures beside it")
     add = command("quality", measure, "reconstruction and loss recovered, of language-model runs")
@@ -1194,7 +1189,7 @@ def parse(argv):
     add("--test-top", type=at_least(1), default=2, help="windows to test on, likewise")
     add("--test-sampled", type=at_least(0), default=2)
     add("--test-random", type=at_least(0), default=10, help="and windows around random positions")
-    add("--active-share", type=float, default=0.01, help="of a feature's peak, above which a token counts as active")
+    add("--active-share", type=at_least(0, float, 1), default=0.01, help="of its peak, above which a token is active")
     add("--min-activations", type=at_least(0), default=15, help="fewer are too few to explain")
     add("--words", type=at_least(1), default=20, help="length of an explanation")
     add("--seed", type=at_least(0), default=0)

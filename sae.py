@@ -25,7 +25,6 @@ import argparse
 import ctypes
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -800,12 +799,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def at_least(low, number=int):
-    """An argparse type: a number from `low` up."""
+def at_least(low, number=int, high=2**63 - 1):
+    """An argparse type: a number from `low` to `high`."""
 
     def convert(text):
-        if not low <= number(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: give {low} or more")
+        if not low <= number(text) <= high:
+            more = "or more" if high == 2**63 - 1 else f"to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give {low} {more}")
         return number(text)
 
     convert.__name__ = number.__name__  # for argparse's messages

@@ -578,7 +578,7 @@ def parse(argv):
     add("--prompts", nargs="+", default=list(PROMPTS))
     add("--new-tokens", type=at_least(1), default=30)
     add("--temperature", type=at_least(0, float), default=0.7, help="0 for the likeliest token always")
-    add("--top-p", type=at_least(1e-9, float), default=0.9)
+    add("--top-p", type=at_least(1e-9, float, 1), default=0.9)
     add("--steer-prompt", action="store_true", help="steer at the prompt's positions too")
     add("--seed", type=at_least(0), default=0, help="of random draws, features and control directions")
     evaluate.add_judge_flags(add, several="+")

@@ -215,9 +215,10 @@ class Activations:
 def main(argv=None):
     args, runs = parse(argv)
     # torchrun says which of how many processes this is; SAEs are dealt out, and nothing else is shared
-    rank, ranks, local_rank = (
-        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    try:
+        rank, ranks, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("0", "1", "0")))
+    except ValueError:
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK are set, and are no numbers: unset them") from None
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     device, runs = pick_device(args.device), dict([*runs.items()][rank::ranks])

@@ -77,6 +77,20 @@ def run_folder(model_folder, tmp_path, monkeypatch):
     return sorted((tmp_path / "out").iterdir())
 
 
+def stop_at_checkpoint(running):
+    """Send each of {signal: (process, its folder)} its signal as soon as there is a checkpoint in the folder."""
+    waiting = dict(running)
+    while waiting:
+        for how, (process, folder) in list(waiting.items()):
+            if list(folder.glob("*/checkpoint.pt")) or process.poll() is not None:
+                process.send_signal(how)
+                del waiting[how]
+        time.sleep(0.01)
+    for process, folder in running.values():
+        process.wait()
+        assert list(folder.glob("*/checkpoint.pt")), "it was not over yet"
+
+
 @pytest.fixture
 def refusal(capsys):
     """What a script's main says of a command line that cannot work: argparse's line, or the UserError."""

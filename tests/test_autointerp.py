@@ -533,6 +533,7 @@ def test_somebody_elses_sae_is_left_alone(tmp_path, chat, refusal):
         (["--context", 6], "--context 6"),
         (["--concurrency", 0], "--concurrency: 0: give 1 or more"),
         (["--tokens", "inf"], "--tokens: inf: give 1 or more"),
+        (["--active-share", "nan"], "--active-share: nan: give 0 to 1"),
         (["--tokens", 1], "--tokens"),
     ],
 )

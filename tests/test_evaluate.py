@@ -443,7 +443,7 @@ def test_training_details_of_saelens_tell_configurations_apart(details, tmp_path
     ("arguments", "message"),
     [
         (["seeds", "nowhere"], "nowhere: no SAE here"),
-        (["seeds", "nowhere", "--threshold", "2"], "argument --threshold: 2: give a number between 0 and 1"),
+        (["seeds", "nowhere", "--threshold", "2"], "argument --threshold: 2: give 0 to 1"),
         (["seeds", "nowhere", "--json", "."], "argument --json: .: not a file"),
         (["seeds"], "RUN"),
         (["seed", "x"], "invalid choice: 'seed'"),

@@ -520,6 +520,7 @@ def test_an_autointerp_file_that_is_not_whole_is_named(features, run_folder, tmp
         (["--strength", "nan"], "--strength"),
         (["--base-url", "http://a", "http://b", "--judge", "one"], "2 addresses for 1 judges"),
         (["--new-tokens", 0], "--new-tokens: 0: give 1 or more"),
+        (["--top-p", 2], "--top-p: 2: give 1e-09 to 1"),
         (["--judge-options", "x"], "--judge-options"),
         (["--temperature", "nan"], "--temperature: nan"),
         (["--judge", "a", "a"], "the same name twice"),

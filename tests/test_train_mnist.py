@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import stop_at_checkpoint
 
 import train_mnist
 from sae import SAE, UserError
@@ -191,42 +191,35 @@ def test_the_command_trains_measures_draws_and_compares(tmp_path, capsys):
         assert (run / "sae_weights.safetensors").stat().st_mtime_ns == times[run]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A run long enough to be interrupted, and how long it took."""
-    out = tmp_path_factory.mktemp("whole")
-    line = [*TINY, "--epochs", "15", "--l2", "1e-5", "--tied-init"]
-    done = command(*line, "--out", out)
-    assert done.returncode == 0, done.stderr
-    (run,) = (p for p in out.iterdir() if p.is_dir())
-    return line, run
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_repeated_ends_with_the_same_weights(how, uninterrupted, tmp_path):
-    line, whole = uninterrupted
-    run = tmp_path / whole.name
+def test_interrupted_and_repeated_ends_with_the_same_weights(tmp_path):
     # CHECKPOINT_SECONDS is patched so that a kill finds a checkpoint of a short run
     patched = "import train_mnist, sae; sae.CHECKPOINT_SECONDS = 0.2; sae.run_command(train_mnist.main)"
-    arguments = [sys.executable, "-c", patched, *line, "--out", str(tmp_path)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    started = run / "checkpoint.pt"
-    while not started.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(how)
-    stderr = process.communicate(timeout=60)[1]
-    assert (run / "checkpoint.pt").exists(), "it was not over yet"
-    assert not (run / "sae_weights.safetensors").exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 1
-        last = stderr.strip().splitlines()[-1]
-        assert last.startswith("interrupted: the same command goes on")
-        assert "Traceback" not in stderr
-    done = command(*line, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert weights(run) == weights(whole)
-    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert not (run / "checkpoint.pt").exists()
+
+    def start(out):
+        line = [sys.executable, "-c", patched, *TINY, "--epochs", "15", "--l2", "1e-5", "--tied-init"]
+        others = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        return subprocess.Popen([*line, "--out", str(tmp_path / out)], cwd=ROOT, text=True, **others)
+
+    hows = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    whole, running = start("whole"), {how: start(how.name) for how in hows}
+    stop_at_checkpoint({how: (process, tmp_path / how.name) for how, process in running.items()})
+    assert whole.communicate()[1] is not None
+    assert whole.returncode == 0
+    said = {how: process.communicate()[1] for how, process in running.items()}
+    assert running[signal.SIGINT].returncode == 1
+    assert said[signal.SIGINT].strip().splitlines()[-1].startswith("interrupted: the same command goes on")
+    assert "Traceback" not in said[signal.SIGINT]
+    assert not list(tmp_path.glob("SIG*/*/sae_weights.safetensors"))
+    again = [start(how.name) for how in hows]
+    for process in again:
+        process.communicate()
+        assert process.returncode == 0
+    (expected,) = (tmp_path / "whole").glob("relu*")
+    for how in hows:
+        run = tmp_path / how.name / expected.name
+        assert weights(run) == weights(expected)
+        assert (run / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+        assert not (run / "checkpoint.pt").exists()
 
 
 # --- bad input: one line, its exit status, nothing written

@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, line, tiny_model
+from conftest import FAMILIES, line, stop_at_checkpoint, tiny_model
 
 import evaluate
 import sae as sae_module
@@ -228,29 +227,30 @@ def command(arguments, **others):
 
 def test_interrupted_and_repeated_ends_with_the_same_weights(model_folder, tokens_file, tmp_path):
     more = ["--tokens", "15000", "--seed", "0", "1", "--l2", "1e-4"]
-    assert command(line(model_folder, tokens_file, tmp_path / "whole", *more)).wait() == 0
-    for how in (signal.SIGINT, signal.SIGKILL):
-        out = tmp_path / how.name
-        process = command(line(model_folder, tokens_file, out, *more), stderr=subprocess.PIPE)
-        while not list(out.glob("*/checkpoint.pt")) and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(how)
-        stderr = process.communicate()[1]
-        assert list(out.glob("*/checkpoint.pt")), "it was not over yet"
-        assert how == signal.SIGKILL or stderr.splitlines()[-1].startswith("interrupted: the same command goes on")
-        assert command(line(model_folder, tokens_file, out, *more)).wait() == 0
+
+    def start(out):
+        return command(line(model_folder, tokens_file, tmp_path / out, *more), stderr=subprocess.PIPE)
+
+    # Side by side, since most of the time goes into starting them
+    whole, running = start("whole"), {how: start(how.name) for how in (signal.SIGINT, signal.SIGKILL)}
+    stop_at_checkpoint({how: (process, tmp_path / how.name) for how, process in running.items()})
+    assert whole.wait() == 0
+    said = {how: process.communicate()[1] for how, process in running.items()}
+    assert said[signal.SIGINT].splitlines()[-1].startswith("interrupted: the same command goes on")
+    again = [start(how.name) for how in running]
+    assert [process.wait() for process in again] == [0, 0]
+    for how in running:
         for name, folder in run_folders(tmp_path / "whole").items():
-            assert weights(folder) == weights(out / name)
+            assert weights(folder) == weights(tmp_path / how.name / name)
 
 
 def test_ranks_divide_the_sweep_and_their_union_equals_one_process(model_folder, tokens_file, tmp_path):
     grid = ["--l2", "0", "1e-4", "--seed", "0", "1", "2"]
-    assert command(line(model_folder, tokens_file, tmp_path / "one", *grid)).wait() == 0
-    ranks = [
-        command(line(model_folder, tokens_file, tmp_path / "two", *grid), env={"RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in range(2)
-    ]
-    assert [rank.wait() for rank in ranks] == [0, 0]
+    processes = [command(line(model_folder, tokens_file, tmp_path / "one", *grid))]
+    for rank in range(2):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2"}
+        processes.append(command(line(model_folder, tokens_file, tmp_path / "two", *grid), env=environment))
+    assert [process.wait() for process in processes] == [0, 0, 0]
     one, two = run_folders(tmp_path / "one"), run_folders(tmp_path / "two")
     assert set(one) == set(two)
     assert len(one) == 6
@@ -488,6 +488,11 @@ def test_a_run_on_the_pile_is_trained_measured_and_explained_from_the_tokens_it_
     _, _, trained_on = evaluate.language_model_and_tokens(hp, torch.device("cpu"), n_tokens=2000)
     assert trained_on.tolist() == ids[500:2500].tolist()
     evaluate.main(["quality", str(folder), "--device", "cpu"])
+
+
+def test_a_rank_that_is_no_number_is_refused(monkeypatch, refusal, model_folder, tokens_file, tmp_path):
+    monkeypatch.setenv("RANK", "first")
+    assert "unset them" in refusal(train_pythia.main, line(model_folder, tokens_file, tmp_path))
 
 
 def test_each_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch, model_folder, tokens_file, tmp_path):
