@@ -103,7 +103,7 @@ def quality(sae, batches):
 def geometry(sae):
     """Cosine of a feature's own encoder and decoder; off-diagonal |cosine| of decoder rows. Alive features only."""
     alive = alive_by_weight(sae)
-    decoder, encoder = unit_rows(sae.W_dec[alive]), unit_rows(sae.W_enc.T[alive])
+    decoder, encoder = F.normalize(sae.W_dec[alive]), F.normalize(sae.W_enc.T[alive])
     own = (decoder * encoder).sum(1)
     result = {"enc_dec_cos": {"mean": own.mean().item(), "median": own.median().item()} if len(own) else None}
     if len(decoder) < 2:
@@ -121,10 +121,6 @@ def geometry(sae):
     quantile = {name: middles[np.searchsorted(share, q)] for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
     mean = float((counts.numpy() * middles).sum() / counts.sum())
     return result | {"orthogonality": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": maximum}}
-
-
-def unit_rows(W):
-    return W / W.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 @torch.no_grad()
@@ -243,7 +239,7 @@ def data_metric(folder, d_in):
 def match(a, b, threshold):
     """Features a [n, d_in] and b [m, d_in] by |cosine|: the best match of each of a and of each of b, [n] and [m]; and
     the pairs (i, j) above the threshold of the one-to-one matching with the largest sum (Hungarian method)."""
-    cos = (unit_rows(a) @ unit_rows(b).T).abs().numpy()
+    cos = (F.normalize(a) @ F.normalize(b).T).abs().numpy()
     rows, columns = linear_sum_assignment(cos, maximize=True)
     sure = cos[rows, columns] > threshold
     return [cos.max(axis, initial=0) for axis in (1, 0)], set(zip(rows[sure], columns[sure]))
@@ -268,24 +264,18 @@ def match_pair(a, b, threshold=0.7, metric=None):
     with ThreadPoolExecutor(2) as pool:  # side by side, since scipy lets go of Python's lock
         matched = [pool.submit(torch.no_grad()(match), *both, threshold) for both in (decoders, encoders)]
         (best_dec, pairs_dec), (best_enc, pairs_enc) = [future.result() for future in matched]
-    figures, counts = {}, [len(i) for i in alive]
-    for name, best in (("dec", best_dec), ("enc", best_enc)):
-        for figure, values in (("mean_max_cos", best), ("paired", [x > threshold for x in best])):
-            totals = [x.sum(dtype=np.float64) for x in values]
-            figures[f"{figure}_{name}"], figures[f"{figure}_{name}_alive"] = shares(totals, counts, a.d_sae)
-    partner = np.full(a.d_sae, -1)
-    for i, j in pairs_dec & pairs_enc:
+    partner, pairs = np.full(a.d_sae, -1), pairs_dec & pairs_enc
+    for i, j in pairs:
         partner[alive[0][i]] = alive[1][j]
-    both = (partner >= 0).sum()
-    figures["shared"], figures["shared_alive"] = shares([both, both], counts, a.d_sae)
+    values = {"shared": [np.ones(len(pairs))] * 2}  # of the features alive of a, and of b
+    for name, best in (("dec", best_dec), ("enc", best_enc)):
+        values |= {f"mean_max_cos_{name}": best, f"paired_{name}": [x > threshold for x in best]}
+    figures = {}
+    for name, of_both in values.items():
+        totals = [x.sum(dtype=np.float64) for x in of_both]
+        figures[name] = float(sum(totals) / 2 / a.d_sae)
+        figures[f"{name}_alive"] = float(sum(total / max(len(i), 1) for total, i in zip(totals, alive)) / 2)
     return figures, partner
-
-
-def shares(totals, alive, d_sae):
-    """Means of a's and b's totals over all features and over those alive: (total_a / n_a + total_b / n_b) / 2."""
-    over_all = sum(totals) / 2 / d_sae
-    over_alive = sum(total / max(n, 1) for total, n in zip(totals, alive)) / 2
-    return float(over_all), float(over_alive)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -299,21 +289,18 @@ def sharedness(partner, n_seeds):
     seed a has a partner in every other seed, and those are each other's partners too. (Counting rows of each
     pair's first SAE instead mixes the indices of two SAEs as soon as there is a pair without seed 0.)
     """
-    partner = dict(partner)
-    for a, b in itertools.combinations(range(n_seeds), 2):
-        inverse = np.full_like(partner[a, b], -1)
-        (i,) = np.nonzero(partner[a, b] >= 0)
-        inverse[partner[a, b][i]] = i
-        partner[b, a] = inverse
-    classes = []
-    for a in range(n_seeds):
-        others = [b for b in range(n_seeds) if b != a]
-        found = np.stack([partner[a, b] >= 0 for b in others])
-        closed = found.all(0)
-        for b, c in itertools.combinations(others, 2):
-            closed &= partner[b, c][partner[a, b]] == partner[a, c]  # index -1 is masked by `found`
-        classes.append(np.where(closed, 2, np.where(found.any(0), 1, 0)))
-    return np.stack(classes)
+    pairs, d_sae = [*itertools.combinations(range(n_seeds), 2)], len(partner[0, 1])
+    classes = np.zeros((n_seeds, d_sae), dtype=int)
+    for a, b in pairs:
+        found = partner[a, b] >= 0
+        classes[a, found] = classes[b, partner[a, b][found]] = 1
+    # Each circle goes through one feature of every seed, so those of seed 0 name them all: a column each
+    circles = np.stack([np.arange(d_sae), *(partner[0, b] for b in range(1, n_seeds))])
+    closed = (circles >= 0).all(0)
+    for a, b in pairs:
+        closed &= partner[a, b][circles[a]] == circles[b]  # index -1 is masked already
+    np.put_along_axis(classes, circles[:, closed], 2, axis=1)
+    return classes
 
 
 def consistency(saes, seeds, threshold=0.7, metric=None):
@@ -718,9 +705,14 @@ def load_groups(folders):
     add_labels(groups)
     # A penalised configuration stands below its own baseline
     names = [name for name in varying(groups) if name not in PENALTIES]
-    weight = lambda value: value if isinstance(value, (int, float)) else 0
-    penalties = lambda config: [weight(config.get(name)) for name in PENALTIES]
+    penalties = lambda config: [weight_of(config, name) for name in PENALTIES]
     return sorted(groups, key=lambda g: (words(g["config"], names, g["length"]), penalties(g["config"])))
+
+
+def weight_of(config, penalty):
+    """The weight of a penalty; 0 for what somebody else's file has under that name."""
+    weight = config.get(penalty)
+    return weight if isinstance(weight, (int, float)) else 0
 
 
 def add_labels(groups):
@@ -749,12 +741,12 @@ def words(config, names, length=""):
     """Some settings of a configuration in words: "topk, tied, unit norm, l2 1e-5, 20 epochs"."""
     penalties = [f"{name.replace('_', ' ')} {short(config[name])}" for name in PENALTIES if config.get(name)]
     parts, said = [], {"tied_init": {True: "tied", False: "plain"}, "unit_norm": {True: "unit norm", False: ""}}
+    said_elsewhere = (*PENALTIES, "steps", "length", "biases")  # biases come with tied initialisation
     for name in names:
         value = config.get(name)
         if name in said:
             parts.append(said[name].get(value, ""))
-        # Biases come with tied initialisation
-        elif name not in (*PENALTIES, "steps", "biases") and (name in ("arch", "model") or not is_default(name, value)):
+        elif name not in said_elsewhere and not is_default(name, value):
             parts.append(value if name == "arch" else f"{name.replace('_', ' ')} {short(value)}")
     if {*names} & {*PENALTIES}:
         parts += penalties or ["no penalty"]
@@ -763,7 +755,8 @@ def words(config, names, length=""):
 
 def is_default(name, value):
     """Whether a label goes without a setting: a choice or a weight as it is by default. A number of things is said."""
-    return isinstance(value, (str, float)) and value == getattr(Hparams, name, None)
+    choice = isinstance(value, (str, float)) and name not in ("arch", "model")
+    return choice and value == getattr(Hparams, name, None)
 
 
 def short(value):
@@ -875,7 +868,7 @@ def plot_front(groups):
 
 def plot_penalty(groups, penalty):
     """What the weight of one penalty does, a line for each other setting: dots are seeds, or pairs of them."""
-    weights = sorted({group["config"].get(penalty) or 0 for group in groups})
+    weights = sorted({weight_of(group["config"], penalty) for group in groups})
     lines, names = {}, [name for name in varying(groups) if name != penalty]
     for group in groups:
         lines.setdefault(words(group["config"] | {penalty: 0}, names, group["length"]), []).append(group)
@@ -892,7 +885,7 @@ def plot_penalty(groups, penalty):
         axis.axis("off")
     for axis, (title, values_of) in zip(axes, panels.items()):
         for colour, (label, row) in enumerate(lines.items()):
-            points = [(weights.index(g["config"].get(penalty) or 0), values_of(g)) for g in row]
+            points = [(weights.index(weight_of(g["config"], penalty)), values_of(g)) for g in row]
             points = [(x, values) for x, values in points if values]
             axis.plot([x for x, _ in points], [np.mean(v) for _, v in points], color=f"C{colour}", label=label)
             for x, values in points:
@@ -1040,24 +1033,11 @@ def without_reasoning(text):
 
 def add_judge_flags(add, several=None):
     """The flags of a judge; `several` is argparse's nargs, for more than one."""
-    base_url, key = "http://localhost:8000/v1", "OPENAI_API_KEY"
-    listed = lambda value: [value] if several else value
-    add(
-        "--base-url",
-        nargs=several,
-        default=listed(base_url),
-        type=web_address,
-        metavar="URL",
-        help="an OpenAI-compatible endpoint",
-    )
+    usual = lambda value: {"nargs": several, "default": [value] if several else value}
+    url, key = usual("http://localhost:8000/v1"), usual("OPENAI_API_KEY")
+    add("--base-url", type=web_address, metavar="URL", help="an OpenAI-compatible endpoint", **url)
     add("--judge", nargs=several, default=[] if several else "", metavar="NAME", help="the model to ask for there")
-    add(
-        "--api-key-env",
-        nargs=several,
-        default=listed(key),
-        metavar="VARIABLE",
-        help="where the key is, if one is needed",
-    )
+    add("--api-key-env", metavar="VARIABLE", help="where the key is, if one is needed", **key)
     add("--judge-options", type=json_object, default={"temperature": 0}, metavar="JSON", help="more of every request")
     add("--concurrency", type=at_least(1), default=16, help="requests in flight")
 
@@ -1120,9 +1100,12 @@ def draw_features(among, n, seed):
 
 def explain(args):
     """autointerp.json and autointerp.html in the run folder."""
+    from train_pythia import check_model
+
     folder, device = Path(args.run), pick_device(args.device)
     hp, sae = read_run(folder), SAE.load(folder)
     check_features(args.features or [], sae)
+    check_model(SimpleNamespace(model=hp.model, layer=hp.layer, context=args.context))
     features = list(dict.fromkeys(args.features or draw_features(alive_by_weight(sae), args.n, args.seed)))
     if not features:
         raise UserError(f"{folder}: none of its features is alive")

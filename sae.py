@@ -231,7 +231,7 @@ class Architecture:
     infer: Callable | None = None  # the same for inputs that come one by one; None for the same rule
     settings: tuple = ()  # those of Hparams that apply to it and not to every architecture
     chosen_from: str = ""  # k latents of each "row", or k * B of the "batch"; "" for other rules. For fast_pass
-    sparsity: Callable | None = None  # (sae, pre_acts, acts) -> [B, d_sae], what the sparsity term adds up
+    sparsity: Callable = lambda sae, pre_acts, acts: acts  # [B, d_sae], what the sparsity term adds up, if it applies
     groups: tuple = ()  # shares of d_sae, the nested groups before the last
     parameters: tuple = ()  # of its own: pairs (name, first value), each [d_sae]
 
@@ -247,12 +247,7 @@ BATCHTOPK = replace(  # at inference, and in SAELens' files, a JumpReLU SAE
     chosen_from="batch",
 )
 ARCHS = {
-    "relu": Architecture(
-        "standard",
-        lambda sae, pre_acts, k: pre_acts.relu(),
-        settings=("sparsity",),
-        sparsity=lambda sae, pre_acts, acts: acts,
-    ),
+    "relu": Architecture("standard", lambda sae, pre_acts, k: pre_acts.relu(), settings=("sparsity",)),
     "topk": TOPK,
     "batchtopk": BATCHTOPK,
     "matryoshka": replace(BATCHTOPK, groups=(1 / 32, 1 / 16, 1 / 8, 1 / 4)),
@@ -705,21 +700,30 @@ def load_sae(folder):
     folder = Path(folder)
     try:
         if (folder / "cfg.json").exists():
-            arch, k, tensors, metadata = read_saelens(folder)
+            arch, k, weights, cfg = read_saelens(folder)
         elif (folder / "ae.pt").exists():
-            arch, k, tensors, metadata = read_dictionary_learning(folder)
+            arch, k, weights, cfg = read_dictionary_learning(folder)
         else:
             hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
             raise UserError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
+        tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
+            norm = tensors["W_dec"].norm(dim=1)
+            tensors |= {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
+            tensors["W_dec"] = tensors["W_dec"] / norm.clamp(min=1e-12)[:, None]
+        if not cfg.get("apply_b_dec_to_input", True):
+            tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+        if cfg.get("finetuning_scaling_factor"):  # of acts, in decoding alone
+            factor = weights["scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"]
+            tensors["W_dec"] = tensors["W_dec"] * factor.float()[:, None]
         d_in, d_sae = tensors["W_enc"].shape
         if 0 in (d_in, d_sae):
             raise UserError(f"{folder}: an SAE of no features")
         if "k" in ARCHS[arch].settings and ARCHS[arch].infer is None and not 1 <= k <= d_sae:
             raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {k}")
         sae = SAE(d_in, d_sae, arch, k)
-        tensors["threshold"] = tensors.get("threshold", torch.zeros(())).clamp(min=0).expand(d_sae)
-        tensors["encoder"] = tensors.pop("W_enc").T
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        threshold = weights["threshold"].float() if ARCHS[arch].infer else torch.zeros(())
+        tensors |= {"encoder": tensors.pop("W_enc").T, "threshold": threshold.clamp(min=0).expand(d_sae)}
         if not all(tensor.norm().isfinite() for tensor in tensors.values()):
             raise UserError(f"{folder}: its weights are not finite numbers")
         sae.load_state_dict(tensors)
@@ -727,7 +731,7 @@ def load_sae(folder):
         raise
     except Exception as error:  # there are many ways to be damaged, and to hold more than tensors
         raise UserError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
-    sae.metadata = metadata
+    sae.metadata = cfg
     return sae.eval()
 
 
@@ -746,21 +750,8 @@ def read_saelens(folder):
     if normalize not in ("none", "expected_average_only_in"):
         raise UserError(f"{folder}: normalize_activations {normalize} depends on the input, so it cannot be folded")
     weights = load_file(folder / "sae_weights.safetensors")
-    tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    if arch == "jumprelu":
-        tensors["threshold"] = weights["threshold"]
-    if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
-        norm = tensors["W_dec"].norm(dim=1)
-        tensors["W_enc"] *= norm
-        tensors["b_enc"] *= norm
-        tensors["W_dec"] /= norm.clamp(min=1e-12)[:, None]
-    if not cfg.get("apply_b_dec_to_input", True):
-        tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    if cfg.get("finetuning_scaling_factor"):  # of acts, in decoding alone
-        factor = weights["scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"]
-        tensors["W_dec"] *= factor.float()[:, None]
     mine = ARCHS.get(metadata.get("arch"))  # which of those that SAELens gives one name
-    return metadata["arch"] if mine and mine.saelens == architecture else arch, int(k), tensors, cfg | metadata
+    return metadata["arch"] if mine and mine.saelens == architecture else arch, int(k), weights, cfg | metadata
 
 
 def read_dictionary_learning(folder):
@@ -774,20 +765,13 @@ def read_dictionary_learning(folder):
     # weights_only: a pickle may hold code, and this file may come from anyone
     state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
     if "encoder.weight" in state:  # nn.Linear keeps the transpose
-        tensors = {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
         b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
-        tensors |= {"b_enc": state["encoder.bias"], "b_dec": state[b_dec]}
-    else:
-        tensors = {name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    if kind == "AutoEncoder":  # its loader moves the decoder's norms to the encoder
-        norm = tensors["W_dec"].norm(dim=1)
-        tensors["W_dec"] = tensors["W_dec"] / norm.clamp(min=1e-12)[:, None]
-        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
-    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):  # these do not centre their input
-        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    if archs[kind] not in ("relu", "topk"):
-        tensors["threshold"] = state["threshold"]
-    return archs[kind], int(state.get("k", 0)), tensors, config | trainer
+        state |= {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
+        state |= {"b_enc": state["encoder.bias"], "b_dec": state[b_dec]}
+    # AutoEncoder's loader moves the decoder's norms to the encoder; the two others do not centre their input
+    folded = {"rescale_acts_by_decoder_norm": kind == "AutoEncoder"}
+    folded["apply_b_dec_to_input"] = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    return archs[kind], int(state.get("k", 0)), state, config | trainer | folded
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -957,12 +941,10 @@ def run_command(main):
     try:
         main()
         return
-    except UserError as error:
-        said = f"error: {error}"
-    except OSError as error:
+    except (UserError, OSError) as error:
         said = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         said = f"error: out of memory ({first_line(error)}): lower --batch-size, --d-sae or the number of SAEs"
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ from sae import (
     run_command,
     write_json,
 )
-from train_pythia import spliced
+from train_pythia import blocks, spliced
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
 SUCCESS = 4  # a rating from which the steered text counts as more related
@@ -53,7 +53,7 @@ def steering_vectors(sae, features, mode, strength, rms):
     strength (fixed), strength times `rms`, the root mean square norm of the residual stream (rms), or as raises the
     feature's own pre-activation by strength (preact; not a number where encoder and decoder point apart).
     """
-    direction = evaluate.unit_rows(sae.W_dec[features])
+    direction = F.normalize(sae.W_dec[features])
     if mode == "preact":
         gain = (direction * sae.W_enc.T[features]).sum(1, keepdim=True)
         return direction * torch.where(gain > 0, strength / gain, torch.nan)
@@ -133,9 +133,9 @@ def before_end(texts, eos):
 
 
 def final_norm(model):
-    """The normalisation before the unembedding, whatever the family calls it."""
-    names = ("final_layer_norm", "ln_f", "norm")
-    return next(getattr(model.base_model, name) for name in names if hasattr(model.base_model, name))
+    """The normalisation before the unembedding: the last one outside the blocks, whatever the family calls it."""
+    inside = {*blocks(model).modules()}
+    return [m for m in model.base_model.modules() if "norm" in type(m).__name__.lower() and m not in inside][-1]
 
 
 @torch.no_grad()
@@ -143,11 +143,6 @@ def promoted_tokens(model, directions, k):
     """The k tokens that each direction [n, d_in] raises most, through the final norm and unembedding: [n, k]."""
     weight = model.get_output_embeddings().weight
     return model.get_output_embeddings()(final_norm(model)(directions.to(weight.dtype))).topk(k, dim=1).indices
-
-
-def measure_rms(stream):
-    """The root mean square norm of the residual stream, where SAEs are trained on it."""
-    return torch.cat([x.square().sum(1) for x in stream]).mean().sqrt().item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,7 +153,7 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, progress):
     """All texts and measures of an SAE: the rows of steering.json, without ratings."""
     device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
     generator = torch.Generator().manual_seed(args.seed)
-    noise = evaluate.unit_rows(torch.randn(len(features), sae.d_in, generator=generator)).to(device)
+    noise = F.normalize(torch.randn(len(features), sae.d_in, generator=generator)).to(device)
     for start in range(0, len(features), args.batch_size):
         some = torch.tensor(features[start : start + args.batch_size], device=device)
         random, promoted = noise[start : start + len(some)], promoted_tokens(model, sae.W_dec[some], 10)
@@ -209,7 +204,7 @@ def choose(sae, folder, args):
             scores = {int(row["feature"]): (row["explanation"], row["score"]) for row in found["features"]}
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{path}: not as evaluate.py autointerp writes it, so repeat that") from None
-    evaluate.check_features([*features, *scores], sae)
+    evaluate.check_features(features, sae)
     if not features:
         among = evaluate.alive_by_weight(sae)
         if scores:
@@ -341,15 +336,10 @@ def line_through(x, y):
     """{n, r, p, interval (95%), slope, slope_error} of y over x; None where there is no spread."""
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    line, found = stats.linregress(x, y), stats.pearsonr(x, y)
-    result = {
-        "n": len(x),
-        "r": line.rvalue,
-        "p": line.pvalue,
-        "interval": [float(end) for end in found.confidence_interval(0.95)],
-    }
-    result |= {"slope": line.slope, "slope_error": line.stderr}
-    return {name: value if name in ("n", "interval") else float(value) for name, value in result.items()}
+    line = stats.linregress(x, y)
+    found = {"r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
+    interval = stats.pearsonr(x, y).confidence_interval(0.95)
+    return {"n": len(x), "interval": [*map(float, interval)]} | {name: float(v) for name, v in found.items()}
 
 
 def correlation(rows, outcome):
@@ -528,7 +518,8 @@ def plot_scores(runs):
                 error = np.abs(np.array(found["interval"]) - found["rate"])[:, None]
                 right.errorbar(number + 0.1 * colour, found["rate"], error, fmt="o", color=f"C{colour}", capsize=2)
     left.set(xlabel="auto-interp score", ylabel="features")
-    right.set(xlabel="auto-interp score", ylabel="success rate", ylim=(0, None))
+    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
+    right.set(xlabel="auto-interp score", ylabel="success rate" if judged else "echo rate", ylim=(0, None))
     right.set_xticks(range(5), ["<0.6", "0.6", "0.7", "0.8", "0.9-1"])
     evaluate.plain(left, right)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", fontsize=8, frameon=False)
@@ -616,7 +607,8 @@ def main(argv=None):
             model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, device)
             at = evaluate.source(hp)
         contexts = evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device)
-        rms = measure_rms(evaluate.Stream(model, hp.layer, contexts))
+        stream = evaluate.Stream(model, hp.layer, contexts)
+        rms = torch.cat([x.square().sum(1) for x in stream]).mean().sqrt().item()  # norm of the residual stream
         total = len(features) * len(args.prompts) * len(args.strength)
         with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
             rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, progress)

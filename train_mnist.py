@@ -219,7 +219,7 @@ def plot_pairs(groups, columns=4):
         axis.axis("off")
     for axis, group in zip(axes, groups):
         features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in group["saes"][:2])
-        cos = (evaluate.unit_rows(features_a) @ evaluate.unit_rows(features_b).T).numpy()
+        cos = (F.normalize(features_a) @ F.normalize(features_b).T).numpy()
         i, j = linear_sum_assignment(np.abs(cos), maximize=True)
         order = np.argsort(-np.abs(cos[i, j]))
         order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]

@@ -35,6 +35,7 @@ FAMILIES = {
     "gpt2": transformers.GPT2Config,
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
+    "phi": transformers.PhiConfig,
 }
 
 

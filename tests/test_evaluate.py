@@ -175,7 +175,7 @@ def test_dead_features_match_nothing_and_shares_are_given_over_all_and_over_aliv
     assert (partner >= 0).nonzero()[0].tolist() == list(range(20, 40))
     assert figures["shared"] == 20 / 40
     assert figures["shared_alive"] == pytest.approx((20 / 30 + 20 / 25) / 2)
-    rows = [evaluate.unit_rows(sae.W_dec[evaluate.alive_by_weight(sae)]).detach() for sae in (a, b)]
+    rows = [torch.nn.functional.normalize(sae.W_dec[evaluate.alive_by_weight(sae)]).detach() for sae in (a, b)]
     cos = (rows[0] @ rows[1].T).abs()
     assert cos.shape == (30, 25)
     assert figures["mean_max_cos_dec"] == pytest.approx((cos.amax(1).sum() + cos.amax(0).sum()).item() / 80)

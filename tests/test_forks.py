@@ -198,7 +198,7 @@ def test_what_died_counts_the_lost_and_what_they_were_worth(fork, two_seeds, tmp
     plain, penalised = two_seeds(copy)[::2]
     said = copy.script("what_died.py", monkeypatch, capsys, "glyphs", plain, penalised)
     a, b = copy.sae.SAE.load(plain), copy.sae.SAE.load(penalised)
-    rows = [copy.evaluate.unit_rows(s.W_dec[copy.evaluate.alive_by_weight(s)]).detach() for s in (a, b)]
+    rows = [torch.nn.functional.normalize(s.W_dec[copy.evaluate.alive_by_weight(s)]).detach() for s in (a, b)]
     lost = [i for i, row in enumerate(rows[0]) if all(abs(float(row @ other)) <= 0.5 for other in rows[1])]
     assert f"{len(lost)} lost" in said
     x = copy.splits[1]
