@@ -18,6 +18,7 @@ PARSE = {module.__name__: module.parse for module in (train_mnist, train_pythia,
 
 def commands(text):
     """The command lines in a page: (script, arguments). An ellipsis stands for arguments given before."""
+    text = re.sub(r"```diff\n.*?```", "", text, flags=re.DOTALL)  # code, with words of its own around commands
     return [(script, shlex.split(rest.replace(" ...", ""))) for script, rest in COMMAND.findall(text)]
 
 
