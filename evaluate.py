@@ -860,7 +860,8 @@ def plot_front(groups):
         axis.plot(*at, "o", color=colour, markersize=5)
         axis.annotate(str(number), at, xytext=(4, 3), textcoords="offset points")
         axis.plot([], [], "o", color=colour, label=f"{number}: {group['label']}")
-    axis.set(xlabel=recovered.replace("_", " "), ylabel="shared, of all", ylim=(0, None))
+    compared = "on data" if groups[0]["figures"]["on_data"] else "by weight"
+    axis.set(xlabel=recovered.replace("_", " "), ylabel=f"shared {compared}, of all", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     plain(axis)
     return figure
