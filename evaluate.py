@@ -822,10 +822,16 @@ def plain(*axes):
         axis.spines[["top", "right"]].set_visible(False)
 
 
+def pair_titles(groups):
+    """{title: figure of a pair of seeds}, those that pictures show; titles say by what encoders were compared."""
+    compared = "on data" if any(group.get("figures", {}).get("on_data") for group in groups) else "by weight"
+    shared = {f"shared {compared}, of all": "shared", f"shared {compared}, of alive": "shared_alive"}
+    return shared | {"max cos dec, of alive": "mean_max_cos_dec_alive"}
+
+
 def plot_shares(groups):
     """Consistency by configuration, a row each: dots are pairs of seeds, orange where there is a penalty."""
-    panels = {"max cos dec, of alive": "mean_max_cos_dec_alive", "shared, of all": "shared"}
-    panels["shared, of alive"] = "shared_alive"
+    panels = pair_titles(groups)
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(groups)))
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, name) in zip(axes, panels.items()):
@@ -835,7 +841,7 @@ def plot_shares(groups):
             axis.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.7)
             place = axis.get_yaxis_transform()  # x as a share of the width
             axis.text(1, row, f"{np.mean(values):.3f}", transform=place, ha="right", va="center", fontsize=10)
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title, fontsize=10)
         axis.set_xlim(0, 1.5 * max(0.05, *itertools.chain(*pairs)))
         axis.grid(axis="y", linewidth=0.3)
     axes[0].set_yticks(range(len(groups)), [textwrap.fill(group["label"], 28) for group in groups], fontsize=10)
@@ -860,8 +866,7 @@ def plot_front(groups):
         axis.plot(*at, "o", color=colour, markersize=5)
         axis.annotate(str(number), at, xytext=(4, 3), textcoords="offset points")
         axis.plot([], [], "o", color=colour, label=f"{number}: {group['label']}")
-    compared = "on data" if groups[0]["figures"]["on_data"] else "by weight"
-    axis.set(xlabel=recovered.replace("_", " "), ylabel=f"shared {compared}, of all", ylim=(0, None))
+    axis.set(xlabel=recovered.replace("_", " "), ylabel=next(iter(pair_titles(groups))), ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     plain(axis)
     return figure
@@ -876,8 +881,7 @@ def plot_penalty(groups, penalty):
     recovered = "loss_recovered" if any(measured(group, "loss_recovered") for group in groups) else "fve"
     panels = {recovered.replace("_", " "): lambda g: measured(g, recovered), "alive features": lambda g: g["alive"]}
     panels["mean |cos| of decoder rows"] = lambda g: measured(g, "orthogonality", "mean")
-    titles = {"shared, of all": "shared", "shared, of alive": "shared_alive"}
-    for title, name in (titles | {"max cos dec, of alive": "mean_max_cos_dec_alive"}).items():
+    for title, name in pair_titles(groups).items():
         panels[title] = lambda g, name=name: [pair[name] for pair in g.get("figures", {"pairs": []})["pairs"]]
     panels = {title: values_of for title, values_of in panels.items() if any(map(values_of, groups))}
     figure = Figure(figsize=(7, len(panels)), layout="constrained")
