@@ -164,14 +164,14 @@ class Fork:
 
 @pytest.fixture
 def fork(tmp_path, monkeypatch):
-    """A function: a clean copy of the five files with a recipe applied, imported in place of the originals."""
+    """A function: a clean copy of the five files with recipes applied, imported in place of the originals."""
 
-    def applied(name=None):
-        folder = tmp_path / (name or "original")
+    def applied(*names):
+        folder = tmp_path / ("_".join(names) or "original")
         folder.mkdir()
         for path in ROOT.glob("*.py"):
             shutil.copy(path, folder)
-        if name:
+        for name in names:
             subprocess.run(["git", "apply", FORKS / f"{name}.diff"], cwd=folder, check=True)
         for module in FORKED:
             monkeypatch.delitem(sys.modules, module, raising=False)  # the originals come back after the test

@@ -1,8 +1,10 @@
 """Every recipe of .readme/forks applies to this checkout, does what it says, and at rest changes no weight."""
 
+import itertools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,16 +45,20 @@ AT_REST = {
     "late-penalty": ("--penalty-from", 0, "--penalty-until", 1),
     "one-side": ("--penalize", "both"),
     "group-lasso": ("--groups", 0),
-    "decoupled-decay": ("--weight-decay", 0),
+    "decoupled-decay": ("--weight-decay", 0, "--weight-decay-until", 0.5),
     "frozen-decoder": ("--frozen", "no"),
     "jumprelu": (),
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FORKS.glob("*.diff") if "sae.py" in path.read_text()))
-def test_at_rest_the_weights_are_those_of_the_original(name, fork):
+TRAINING = sorted(path.stem for path in FORKS.glob("*.diff") if "sae.py" in path.read_text())
+
+
+@pytest.mark.parametrize("names", [*([name] for name in TRAINING), TRAINING, TRAINING[::-1]], ids=" ".join)
+def test_at_rest_the_weights_are_those_of_the_original_also_with_recipes_together(names, fork):
     usual = ("--l2", 1e-3, "--arch", "relu", "topk", "batchtopk", "--k", 8, "--tied-init", "on", "off")
-    assert weights(fork().train(*usual)) == weights(fork(name).train(*usual, *AT_REST[name]))
+    flags = [flag for name in names for flag in AT_REST[name]]
+    assert weights(fork().train(*usual)) == weights(fork(*names).train(*usual, *flags))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,21 @@ def test_decoupled_decay_shrinks_weights_without_a_penalty_in_the_loss(fork):
     assert max(shrunk.enc / free.enc, shrunk.dec / free.dec) < 0.8
     (trainer,) = copy.train("--weight-decay", 5)
     assert penalties(trainer) == [0, 0, 0, 0]
+
+
+def test_decoupled_decay_takes_a_share_of_the_weights_each_step_until_it_stops(fork):
+    copy = fork("decoupled-decay")
+    (decayed,) = copy.train("--weight-decay", 5, "--weight-decay-until", 0.5, "--tied-init")
+    hp = decayed.hp
+    by_hand = copy.sae.Trainer(replace(hp, weight_decay=0.0))
+    for x in itertools.islice(copy.train_mnist.batches(copy.splits[0], hp), hp.steps):
+        matrices = (by_hand.sae.encoder, by_hand.sae.W_dec)  # biases are left alone
+        before = [W.data.clone() for W in matrices]
+        by_hand.train_step(x)
+        for W, old in zip(matrices, before):
+            W.data -= hp.lr * 5 * old * (by_hand.step <= 20)
+    for a, b in zip(decayed.sae.parameters(), by_hand.sae.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["relu", "topk"])
