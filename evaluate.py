@@ -123,7 +123,6 @@ def geometry(sae):
     return result | {"orthogonality": {"mean": mean, **{k: float(v) for k, v in quantile.items()}, "max": maximum}}
 
 
-@torch.no_grad()
 def covariance(x):
     """[d_in, d_in], of activations x [N, d_in]."""
     return x.cpu().double().T.cov().float()
@@ -182,8 +181,8 @@ def language_model_quality(sae, stream, baseline=None):
     """
     result, _ = quality(sae, itertools.chain.from_iterable(x.split(4096) for x in stream))
     result["outliers"] = sum(tokens[:, 1:].numel() for tokens in stream.contexts) - result["inputs"]  # left out
-    own = lambda: cross_entropy(stream.model, stream.contexts)
-    result["ce"], result["ce_zeroed"] = baseline or (own(), stream.cross_entropy(torch.zeros_like))
+    baseline = baseline or (cross_entropy(stream.model, stream.contexts), stream.cross_entropy(torch.zeros_like))
+    result["ce"], result["ce_zeroed"] = baseline
     result["ce_reconstructed"] = stream.cross_entropy(lambda x: torch.cat([sae(part) for part in x.split(4096)]))
     lost = result["ce_reconstructed"] - result["ce"]
     return result | {"loss_recovered": 1 - lost / (result["ce_zeroed"] - result["ce"])}
@@ -192,6 +191,7 @@ def language_model_quality(sae, stream, baseline=None):
 def measure_language_model_runs(groups, n_tokens, data, device):
     """quality.json and covariance.npy for each run of train_pythia.py in groups, on held-out tokens or `data`."""
     runs = [(folder, sae, read_run(folder)) for group in groups for folder, sae in zip(group["folders"], group["saes"])]
+    runs.sort(key=lambda run: (run[2].layer, *source(run[2])))  # so that a language model is loaded once
     results, baselines, at = {}, {}, None
     for folder, sae, hp in tqdm(runs, desc="measuring", unit="SAE"):
         if at != (hp.layer, *source(hp)):
@@ -262,8 +262,7 @@ def match_pair(a, b, threshold=0.7, metric=None):
     decoders = [sae.W_dec[i] for sae, i in zip((a, b), alive)]
     encoders = [sae.W_enc.T[i] if metric is None else sae.W_enc.T[i] @ metric.T for sae, i in zip((a, b), alive)]
     with ThreadPoolExecutor(2) as pool:  # side by side, since scipy lets go of Python's lock
-        matched = [pool.submit(torch.no_grad()(match), *both, threshold) for both in (decoders, encoders)]
-        (best_dec, pairs_dec), (best_enc, pairs_enc) = [future.result() for future in matched]
+        (best_dec, pairs_dec), (best_enc, pairs_enc) = pool.map(match, *zip(decoders, encoders), [threshold] * 2)
     partner, pairs = np.full(a.d_sae, -1), pairs_dec & pairs_enc
     for i, j in pairs:
         partner[alive[0][i]] = alive[1][j]
@@ -459,7 +458,6 @@ class Kept:
     """The windows with the largest keys so far, `size` for each of n features."""
 
     def __init__(self, size, n, width, device):
-        self.size = size
         key = torch.full((size, n), -torch.inf, device=device)
         where = torch.zeros(size, n, dtype=torch.long, device=device)
         acts, tokens = (torch.zeros(size, n, width, dtype=t, device=device) for t in (torch.float32, torch.long))
@@ -468,7 +466,7 @@ class Kept:
     def add(self, *new):
         """key [m, n], context number [m, n], activations and token ids [m, n, width] of m more windows each."""
         together = [torch.cat(pair) for pair in zip(self.state, new)]
-        best = together[0].topk(self.size, dim=0).indices
+        best = together[0].topk(len(self.state[0]), dim=0).indices
         self.state = [torch.take_along_dim(t, best.view(*best.shape, *[1] * (t.dim() - 2)), 0) for t in together]
 
     def windows(self, i):
@@ -581,14 +579,15 @@ def autointerp(judge, features, found, tokenizer, args):
     asked = [plan for plan in plans if plan["status"] == "no explanation"]
     answers = ask_all(judge, [(plan["prompt"], parse_explanation) for plan in asked], "explaining", args.concurrency)
     for plan, (explanation, raw) in zip(asked, answers):
-        plan |= {"explanation": explanation, "raw": raw} if explanation is None else {"explanation": explanation}
-    asked = [plan for plan in asked if plan["explanation"]]
+        plan |= {"raw": raw} if explanation is None else {"explanation": explanation}
+    asked = [plan for plan in asked if "explanation" in plan]
     questions = [detection_question(plan, plan["explanation"], tokenizer) for plan in asked]
     answers = ask_all(judge, questions, "testing", args.concurrency)
     for plan, (chosen, raw) in zip(asked, answers):
-        plan |= {"status": "no usable answer", "raw": raw} if chosen is None else {"status": "scored"}
-        if chosen is not None:
-            plan["score"] = 1 - len(chosen ^ plan["truth"]) / len(plan["test"])
+        if chosen is None:
+            plan |= {"status": "no usable answer", "raw": raw}
+        else:
+            plan |= {"status": "scored", "score": 1 - len(chosen ^ plan["truth"]) / len(plan["test"])}
     rows = []
     for feature, windows, plan in zip(features, found, plans):
         row = {"feature": feature, "explanation": plan.get("explanation"), "score": plan.get("score")}
@@ -673,7 +672,7 @@ def describe(folder):
 
 def load_groups(folders):
     """Load runs and group those of one configuration: a list of {label, name, config, length, seeds, saes, folders,
-    alive, quality}, the last three for each run, quality where it was measured.
+    alive, quality}, the last five for each run, quality where it was measured.
 
     Seeds and data seeds may vary together; where runs share a seed but not a data seed, each data seed is a group.
     A run without a seed of its own takes its place in the order given. UserError where two are of the same seeds.
@@ -744,23 +743,22 @@ def words(config, names, length=""):
     said_elsewhere = (*PENALTIES, "steps", "length", "biases")  # biases come with tied initialisation
     for name in names:
         value = config.get(name)
+        # A choice or a weight as it is by default goes without saying; a number of things is said
+        usual = isinstance(value, (str, float)) and value == getattr(Hparams, name, None)
         if name in said:
             parts.append(said[name].get(value, ""))
-        elif name not in said_elsewhere and not is_default(name, value):
+        elif name not in said_elsewhere and (name in ("arch", "model") or not usual):
             parts.append(value if name == "arch" else f"{name.replace('_', ' ')} {short(value)}")
     if {*names} & {*PENALTIES}:
         parts += penalties or ["no penalty"]
     return ", ".join(filter(None, [*parts, length if "steps" in names else ""])) or "as by default"
 
 
-def is_default(name, value):
-    """Whether a label goes without a setting: a choice or a weight as it is by default. A number of things is said."""
-    choice = isinstance(value, (str, float)) and name not in ("arch", "model")
-    return choice and value == getattr(Hparams, name, None)
-
-
 def short(value):
-    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+    """A setting as one types it: 1e-4, not 0.0001 or 1e-04."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return np.format_float_scientific(value, trim="-", exp_digits=1)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_run(folder):
@@ -1090,17 +1088,15 @@ def measure(args):
         write_json(args.json, {"runs": [{"run": folder.name} | result for folder, result in results.items()]})
 
 
-def check_features(features, sae):
-    """Raise UserError where the SAE has no such features."""
-    if not all(0 <= feature < sae.d_sae for feature in features):
-        raise UserError(f"--features {' '.join(map(str, features))}: this SAE has 0 to {sae.d_sae - 1}")
-
-
-def draw_features(among, n, seed):
-    """n features at random, in order, of those that `among` [d_sae] marks; all of them where there are fewer."""
+def choose_features(args, folder, among):
+    """Those of --features; else --n at random, in order, of those of a run that `among` [d_sae] marks. UserError."""
+    if not all(0 <= feature < len(among) for feature in args.features or ()):
+        raise UserError(f"--features {' '.join(map(str, args.features))}: this SAE has 0 to {len(among) - 1}")
     candidates = among.nonzero().flatten()
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-    return sorted(candidates[order[:n]].tolist())
+    if not (args.features or len(candidates)):
+        raise UserError(f"{folder}: none of its features is alive")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(args.seed))
+    return list(dict.fromkeys(args.features or sorted(candidates[order[: args.n]].tolist())))
 
 
 def explain(args):
@@ -1109,11 +1105,8 @@ def explain(args):
 
     folder, device = Path(args.run), pick_device(args.device)
     hp, sae = read_run(folder), SAE.load(folder)
-    check_features(args.features or [], sae)
+    features = choose_features(args, folder, alive_by_weight(sae))
     check_model(SimpleNamespace(model=hp.model, layer=hp.layer, context=args.context))
-    features = list(dict.fromkeys(args.features or draw_features(alive_by_weight(sae), args.n, args.seed)))
-    if not features:
-        raise UserError(f"{folder}: none of its features is alive")
     sae = sae.to(device)
     model, tokenizer, tokens = language_model_and_tokens(hp, device, int(args.tokens), args.data)
     contexts = cut_contexts(tokens, args.tokens, args.context, device)

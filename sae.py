@@ -99,11 +99,11 @@ class Hparams:
 
     def __post_init__(self):
         for known in fields(self):
-            name, value, low, high = known.name, getattr(self, known.name), *map(known.metadata.get, ("low", "high"))
-            if (choices := known.metadata["choices"]()) and value not in choices:
+            name, value, about = known.name, getattr(self, known.name), known.metadata
+            if (choices := about["choices"]()) and value not in choices:
                 raise UserError(f"{flag(name)} {value}: choose from {', '.join(choices)}")
-            if known.type in (int, float) and not low <= value <= high:
-                raise UserError(f"{flag(name)} {value}: give a number from {low:g} to {high:g}")
+            if known.type in (int, float) and not about["low"] <= value <= about["high"]:
+                raise UserError(f"{flag(name)} {value}: give a number from {about['low']:g} to {about['high']:g}")
             # Reset what only other architectures use: it must not make a second run of the same SAE
             if name not in ARCHS[self.arch].settings and any(name in other.settings for other in ARCHS.values()):
                 setattr(self, name, known.default)
@@ -268,7 +268,7 @@ def group_sizes(arch, d_sae):
 def dense_pass(sae, x, k, dead=None, pre_acts=None):
     """The forward pass of training, as the formulas say, on x [B, d_in]; pre_acts may be known. Returns a dict:
 
-    pre_acts and acts [B, d_sae]; kept, all acts that are not 0, of any shape; prefixes, a list of reconstructions
+    pre_acts and acts [B, d_sae]; kept, acts of any shape, beyond which all are 0; prefixes, a list of reconstructions
     [B, d_in], the last being x_hat; fired [d_sae], how often each latent was on; and revived [B, d_in], what the
     d_in / 2 strongest of the `dead` [d_sae] latents add up to (Gao et al. 2024, arXiv:2406.04093, A.2).
     """
@@ -378,8 +378,7 @@ class Trainer:
         variance = squared_error(x.mean(0), x, "sum")
         row = {"step": self.step, "loss": loss.item(), "recon": parts["recon"].item()}
         row |= {"l0": parts["fired"].sum().item() / len(x), "fve": 1 - (error / variance.clamp(min=1e-12)).item()}
-        row |= {"penalty": parts["penalty"].item()}
-        row |= {"dead": int((self.inputs_since_fired >= self.hp.dead_after).sum())}
+        row |= {"penalty": parts["penalty"].item(), "dead": int((self.inputs_since_fired >= self.hp.dead_after).sum())}
         self.metrics.append(row | {"lr": self.optimizer.param_groups[0]["lr"]})
         check_finite(self, row["loss"])
 
@@ -706,24 +705,24 @@ def load_sae(folder):
         else:
             hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
             raise UserError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
-        tensors = {name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        W_enc, b_enc, W_dec, b_dec = (weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
         if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
-            norm = tensors["W_dec"].norm(dim=1)
-            tensors |= {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
-            tensors["W_dec"] = tensors["W_dec"] / norm.clamp(min=1e-12)[:, None]
+            norm = W_dec.norm(dim=1)
+            W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm.clamp(min=1e-12)[:, None]
         if not cfg.get("apply_b_dec_to_input", True):
-            tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+            b_enc = b_enc + b_dec @ W_enc
         if cfg.get("finetuning_scaling_factor"):  # of acts, in decoding alone
             factor = weights["scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"]
-            tensors["W_dec"] = tensors["W_dec"] * factor.float()[:, None]
-        d_in, d_sae = tensors["W_enc"].shape
+            W_dec = W_dec * factor.float()[:, None]
+        d_in, d_sae = W_enc.shape
         if 0 in (d_in, d_sae):
             raise UserError(f"{folder}: an SAE of no features")
-        if "k" in ARCHS[arch].settings and ARCHS[arch].infer is None and not 1 <= k <= d_sae:
+        if ARCHS[arch].saelens == "topk" and not 1 <= k <= d_sae:
             raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {k}")
         sae = SAE(d_in, d_sae, arch, k)
-        threshold = weights["threshold"].float() if ARCHS[arch].infer else torch.zeros(())
-        tensors |= {"encoder": tensors.pop("W_enc").T, "threshold": threshold.clamp(min=0).expand(d_sae)}
+        tensors = {"encoder": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": torch.zeros(d_sae)}
+        if ARCHS[arch].saelens == "jumprelu":
+            tensors["threshold"] = weights["threshold"].float().clamp(min=0).expand(d_sae)
         if not all(tensor.norm().isfinite() for tensor in tensors.values()):
             raise UserError(f"{folder}: its weights are not finite numbers")
         sae.load_state_dict(tensors)
@@ -811,10 +810,8 @@ class Parser(argparse.ArgumentParser):
         def on_or_off(text):
             return ("off", "on").index(text) == 1
 
-        for known in fields(Hparams):
+        for known in [known for known in fields(Hparams) if known.name not in leave_out]:
             name, about, several = known.name, known.metadata, "*" if known.type is bool else "+"
-            if name in leave_out:
-                continue
             default = defaults.get(name, known.default)
             shown = {True: "on", False: "off"}[default] if known.type is bool else default
             options = {"metavar": name.upper(), "type": on_or_off if known.type is bool else known.type}

@@ -141,8 +141,8 @@ def final_norm(model):
 @torch.no_grad()
 def promoted_tokens(model, directions, k):
     """The k tokens that each direction [n, d_in] raises most, through the final norm and unembedding: [n, k]."""
-    weight = model.get_output_embeddings().weight
-    return model.get_output_embeddings()(final_norm(model)(directions.to(weight.dtype))).topk(k, dim=1).indices
+    unembed = model.get_output_embeddings()
+    return unembed(final_norm(model)(directions.to(unembed.weight.dtype))).topk(k, dim=1).indices
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, progress):
                 works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
                 vectors = torch.where(works[:, None], vectors, 0.0)
                 controls = write(random * vectors.norm(dim=1, keepdim=True))
-                texts = zip(some.tolist(), works, originals, write(vectors), controls)
-                for feature, _, original, steered, control in (entry for entry in texts if entry[1]):
+                texts = zip(some.tolist(), originals, write(vectors), controls)
+                for feature, original, steered, control in itertools.compress(texts, works.tolist()):
                     row = {"feature": feature, "prompt": prompt, "strength": strength}
                     row |= {"original": original["text"], "perplexity_original": original["perplexity"]}
                     for name, text, kind in (("steered", steered, ""), ("control", control, "_control")):
@@ -194,23 +194,21 @@ def steer_run(sae, model, tokenizer, layer, features, args, rms, progress):
 
 def choose(sae, folder, args):
     """The features to steer and {feature: (explanation, score)}: those of autointerp.json, else random alive ones."""
-    path = Path(folder) / "autointerp.json"
-    scores, features = {}, list(dict.fromkeys(args.features or ()))
+    path, scores = Path(folder) / "autointerp.json", {}
     if path.exists():
         found = read_json(path)
         if found.get("sae") != evaluate.fingerprint(folder):
             raise UserError(f"{path}: is of another SAE than the one in its folder: repeat evaluate.py autointerp")
         try:
             scores = {int(row["feature"]): (row["explanation"], row["score"]) for row in found["features"]}
+            if not {*scores} <= {*range(sae.d_sae)}:
+                raise ValueError
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{path}: not as evaluate.py autointerp writes it, so repeat that") from None
-    evaluate.check_features(features, sae)
-    if not features:
-        among = evaluate.alive_by_weight(sae)
-        if scores:
-            among = torch.zeros(sae.d_sae).index_fill_(0, torch.tensor(list(scores)), 1)
-        features = evaluate.draw_features(among, args.n, args.seed)
-    return features, scores
+    among = evaluate.alive_by_weight(sae)
+    if scores:
+        among = torch.tensor([feature in scores for feature in range(sae.d_sae)])
+    return evaluate.choose_features(args, folder, among), scores
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -277,15 +275,15 @@ def rate(rows, judges, args):
 # Compare
 
 
-def success_of(row, field="ratings"):
-    """Whether the judges' mean rating is a success: 1.0 or 0.0; None without a rating."""
-    ratings = [rating for rating in row[field].values() if rating is not None]
+def success_of(row, kind=""):
+    """Whether the judges' mean rating is a success, of the control with `kind` "_control": 1.0 or 0.0; None unrated."""
+    ratings = [rating for rating in row["ratings" + kind].values() if rating is not None]
     return float(np.mean(ratings) >= SUCCESS) if ratings else None
 
 
-def echoes(row, name="echo"):
-    """Whether the model, reading the steered text, sees more of the feature than in its own: 1.0 or 0.0."""
-    return float(row[name] > 0)
+def echoes(row, kind=""):
+    """Whether the model, reading the text, sees more of the feature than in its own: 1.0 or 0.0; `kind` as above."""
+    return float(row["echo" + kind] > 0)
 
 
 def rate_with_interval(values):
@@ -299,10 +297,9 @@ def rate_with_interval(values):
 
 def over_control(outcome):
     """The outcome of a text minus that of the random direction's text: what is due to the feature."""
-    field = {success_of: "ratings_control", echoes: "echo_control"}[outcome]
 
     def excess(row):
-        steered, control = outcome(row), outcome(row, field)
+        steered, control = outcome(row), outcome(row, "_control")
         return None if steered is None or control is None else steered - control
 
     return excess
@@ -437,10 +434,9 @@ def summarise(rows):
             entry[name] = float(np.mean([row[name] for row in some]))
         for name in ("perplexity", "perplexity_control", "perplexity_original"):
             entry[name] = float(np.median([row[name] for row in some]))
-        entry["echoes"] = rate_with_interval([echoes(row) for row in some])
-        entry["echoes_control"] = rate_with_interval([echoes(row, "echo_control") for row in some])
-        entry["success"] = rate_with_interval([success_of(row) for row in some])
-        entry["success_control"] = rate_with_interval([success_of(row, "ratings_control") for row in some])
+        for name, outcome in (("echoes", echoes), ("success", success_of)):
+            for kind in ("", "_control"):
+                entry[name + kind] = rate_with_interval([outcome(row, kind) for row in some])
         # A feature that nobody could explain leaves the sample; counted as a failure, it stays
         counted = [success_of(row) if row["explanation"] else 0.0 for row in some]
         entry["success_of_all"] = rate_with_interval(counted if entry["success"]["n"] else [])
@@ -470,10 +466,9 @@ def table(runs):
     return evaluate.markdown(lines)
 
 
-def plot_rates(runs):
+def plot_rates(runs, judged):
     """Success (or, unjudged, echo) rates with 95% intervals, steered and control, for each run over strengths; and
     against perplexity, what steering costs."""
-    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
     name = "success" if judged else "echoes"
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -499,15 +494,14 @@ def plot_rates(runs):
     return figure
 
 
-def plot_scores(runs):
+def plot_scores(runs, judged):
     """Histogram of auto-interp scores by feature; and the outcome by score bin, at the first strength."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
+    edges, outcome = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9]), success_of if judged else echoes
     for colour, (label, rows, summary) in enumerate(run for run in runs if run[2]):
         scored = [row for row in rows if row["autointerp_score"] is not None]
         rows = [row for row in scored if row["strength"] == summary[0]["strength"]]
-        outcome = success_of if summary[0]["success"]["n"] else echoes
         scores = {row["feature"]: row["autointerp_score"] for row in rows}
         bins = (np.arange(16) - 0.5) / 14
         left.hist(list(scores.values()), bins=bins, histtype="step", color=f"C{colour}", label=label)
@@ -518,7 +512,6 @@ def plot_scores(runs):
                 error = np.abs(np.array(found["interval"]) - found["rate"])[:, None]
                 right.errorbar(number + 0.1 * colour, found["rate"], error, fmt="o", color=f"C{colour}", capsize=2)
     left.set(xlabel="auto-interp score", ylabel="features")
-    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
     right.set(xlabel="auto-interp score", ylabel="success rate" if judged else "echo rate", ylim=(0, None))
     right.set_xticks(range(5), ["<0.6", "0.6", "0.7", "0.8", "0.9-1"])
     evaluate.plain(left, right)
@@ -548,9 +541,10 @@ def report(runs, out):
                     said += f"by feature p = {result['over_control']['permutation_p']:.2g}"
                 print(said)
     write_json(out / "comparison.json", {"comparisons": comparisons, "runs": {label: s for label, _, s in runs}})
-    evaluate.save_figure(plot_rates(runs), out / "rates.png")
+    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
+    evaluate.save_figure(plot_rates(runs, judged), out / "rates.png")
     if any(row["autointerp_score"] is not None for _, rows, _ in runs for row in rows):
-        evaluate.save_figure(plot_scores(runs), out / "scores.png")
+        evaluate.save_figure(plot_scores(runs, judged), out / "scores.png")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -587,8 +581,8 @@ def parse(argv):
         parser.error(f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many")
     if len(args.api_key_env) != len(args.base_url):
         parser.error(f"--api-key-env: give one variable for each of the {len(args.base_url)} of --base-url")
-    if len(set(args.judge)) < len(args.judge):
-        parser.error(f"--judge {' '.join(args.judge)}: the same name twice")
+    if len(set(args.judge)) < len(args.judge) or "" in args.judge:
+        parser.error(f"--judge {' '.join(args.judge)}: the same name twice, or none at all")
     return args
 
 
@@ -606,6 +600,7 @@ def main(argv=None):
         if at != evaluate.source(hp):
             model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, device)
             at = evaluate.source(hp)
+            check_length(model, tokenizer, args)
         contexts = evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device)
         stream = evaluate.Stream(model, hp.layer, contexts)
         rms = torch.cat([x.square().sum(1) for x in stream]).mean().sqrt().item()  # norm of the residual stream
@@ -629,11 +624,18 @@ def main(argv=None):
     report([(group["label"], *results) for group, *results in runs], out)
 
 
+def check_length(model, tokenizer, args):
+    """Raise UserError where a prompt and its text are more than the model can read."""
+    prompts = (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in args.prompts)
+    longest, limit = max(prompts) + args.new_tokens, getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise UserError(f"--new-tokens {args.new_tokens}: with its prompt {longest}, but the model reads {limit}")
+
+
 def open_judges(args, cache):
     """A Judge for each of --judge, at its own --base-url or the one they share."""
-    servers = list(zip(args.base_url, args.api_key_env)) * (len(args.judge) if len(args.base_url) == 1 else 1)
     options = (args.judge_options, args.concurrency)
-    named = zip(args.judge, servers)
+    named = zip(args.judge, itertools.cycle(zip(args.base_url, args.api_key_env)))
     return [evaluate.Judge(url, name, cache, os.environ.get(key, ""), *options) for name, (url, key) in named]
 
 

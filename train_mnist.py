@@ -61,12 +61,10 @@ def load_images(data):
         return draw_glyphs(DATA["glyphs"][0] + 2_000).split([DATA["glyphs"][0], 2_000])
     from torchvision.datasets import MNIST  # here, because glyphs do without and it takes seconds to import
 
-    root = Path("data") if data == "mnist" else Path(data)
+    root, way_out = Path("data"), "give --data glyphs, which needs no network"
     if data != "mnist":
+        root, way_out = Path(data), "give a folder with MNIST's own archives, where you may write"
         check_mnist_folder(root, MNIST.resources)
-    way_out = "give a folder with MNIST's own archives, where you may write"
-    if data == "mnist":
-        way_out = "give --data glyphs, which needs no network"
     try:
         splits = [MNIST(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # there are many ways to be damaged
@@ -78,9 +76,8 @@ def load_images(data):
 
 def check_mnist_folder(root, resources):
     """torchvision would download into a folder that lacks MNIST; one that the user names must have it, whole."""
-    raw = root / "MNIST" / "raw"
     for archive, md5 in resources:
-        path = raw / archive
+        path = root / "MNIST" / "raw" / archive
         if path.with_suffix("").exists():
             continue
         if not path.exists():
@@ -239,10 +236,9 @@ def plot_pairs(groups, columns=4):
 
 def parse(argv):
     """The arguments, and the SAEs they ask for: {run folder: Hparams}."""
-    data = Parser(add_help=False)
-    data.add_argument("--data", default="mnist")
-    data = data.parse_known_args(argv)[0].data
-    dataset = "glyphs" if data == "glyphs" else "mnist"
+    first = Parser(add_help=False)  # the defaults of all other flags depend on this one
+    first.add_argument("--data", default="mnist")
+    dataset = "glyphs" if first.parse_known_args(argv)[0].data == "glyphs" else "mnist"
     n_images, epochs, defaults = DATA[dataset]
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -257,8 +253,8 @@ def parse(argv):
 
     def complete(given, args):
         steps = args.epochs * -(-n_images // max(1, given["batch_size"]))
-        computed = {"d_in": 784, "biases": given["tied_init"], "data": dataset}
-        return computed | {"steps": steps, "length": f"{args.epochs} epochs"}
+        settings = {"d_in": 784, "biases": given["tied_init"], "data": dataset}
+        return settings | {"steps": steps, "length": f"{args.epochs} epochs"}
 
     return args, {args.out / name: hp for name, hp in sweep(parser, args, complete).items()}
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,29 +85,6 @@ def blocks(model):
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
-class Reached(Exception):
-    """Thrown by a hook to end a forward pass after the block it is on."""
-
-
-@torch.no_grad()
-def residual_stream(model, tokens, layer):
-    """The residual stream after block `layer` [B, context, d_in], of tokens [B, context]; later blocks do not run."""
-    found = []
-
-    def hook(module, inputs, output):
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise Reached
-
-    handle = blocks(model)[layer].register_forward_hook(hook)
-    try:
-        model.base_model(input_ids=tokens, use_cache=False)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
-
 @contextmanager
 def spliced(model, layer, replace):
     """Within it, the residual stream after block `layer` [B, context, d_in] is what `replace` makes of it."""
@@ -122,6 +99,24 @@ def spliced(model, layer, replace):
         yield
     finally:
         handle.remove()
+
+
+class Reached(Exception):
+    """Thrown to end a forward pass after the block that is read."""
+
+
+@torch.no_grad()
+def residual_stream(model, tokens, layer):
+    """The residual stream after block `layer` [B, context, d_in], of tokens [B, context]; later blocks do not run."""
+    found = []
+
+    def read(resid):
+        found.append(resid)
+        raise Reached
+
+    with suppress(Reached), spliced(model, layer, read):
+        model.base_model(input_ids=tokens, use_cache=False)
+    return found[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -152,8 +147,7 @@ class Activations:
         rows = self.contexts_per_filling * (context - 1) + batch_size
         self.buffer = torch.empty(rows, model.config.hidden_size, dtype=model.dtype, device=device)
         state = state or {"filling": 0, "served": 0, "scale": None, "limit": None, "leftover": self.buffer[:0].clone()}
-        self.filling, self.served, self.scale, self.limit, leftover = (state[name] for name in self.STATE)
-        self.leftover = leftover.to(self.buffer)
+        self.filling, self.served, self.scale, self.limit, self.leftover = (state[name] for name in self.STATE)
         self.fill()
 
     def state(self):
@@ -217,8 +211,10 @@ def main(argv=None):
     # torchrun says which of how many processes this is; SAEs are dealt out, and nothing else is shared
     try:
         rank, ranks, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("0", "1", "0")))
+        if not 0 <= rank < ranks:
+            raise ValueError
     except ValueError:
-        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK are set, and are no numbers: unset them") from None
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK are set, not as torchrun does: unset them") from None
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     device, runs = pick_device(args.device), dict([*runs.items()][rank::ranks])
@@ -276,7 +272,7 @@ def read_tokens(data, tokenizer):
     """All token ids of a file, a flat array on disk. Raises UserError."""
     path = Path(data)
     if not path.is_file():
-        raise UserError(f"--data {path}: no such file; give pile, or a .bin, .txt, .jsonl or .jsonl.gz")
+        raise UserError(f"--data {path}: no such file; give a .bin, .txt, .jsonl or .jsonl.gz, or leave --data out")
     if path.suffix != ".bin":
         path = tokenise(path, tokenizer)
     elif path.stat().st_size % 2:

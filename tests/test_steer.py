@@ -18,6 +18,7 @@ from train_pythia import residual_stream, spliced
 
 FAMILIES = ["gpt_neox", "gpt2", "llama"]
 PROMPT = [5, 17, 40]
+SAID = {"explanation": "", "score": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +255,7 @@ def test_a_planted_success_rate_and_correlation_are_recovered(chat, tmp_path):
     steer.rate(rows, [judge], args())
     said = [row["said"] for row in rows]
     assert [steer.success_of(row) for row in rows] == said
-    assert {steer.success_of(row, "ratings_control") for row in rows} == {0.0}
+    assert {steer.success_of(row, "_control") for row in rows} == {0.0}
     found = steer.correlation(rows, steer.success_of)
     expected = stats.pointbiserialr(said, [row["autointerp_score"] for row in rows])
     assert found["r"] == pytest.approx(expected.statistic)
@@ -495,6 +496,15 @@ def test_the_command_with_two_judges(run_folder, chat, tmp_path, capsys):
     assert len(chat.requests) == asked
 
 
+def test_an_sae_without_an_alive_feature_is_refused(run_folder, tmp_path):
+    sae = SAE.load(run_folder[0])
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    sae.save(run_folder[0])
+    with pytest.raises(UserError, match="none of its features is alive"):
+        run(run_folder[:1], tmp_path / "report")
+
+
 def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
     autointerp(run_folder[0], chat)
     (run_folder[1] / "autointerp.json").write_text((run_folder[0] / "autointerp.json").read_text())
@@ -503,7 +513,7 @@ def test_explanations_of_another_sae_are_refused(run_folder, chat, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("features", [5, [5], [{"feature": "a", "explanation": "", "score": 1}], [{"feature": 64}]])
+@pytest.mark.parametrize("features", [5, [5], [{"feature": "a", **SAID}], [{"feature": 64, **SAID}], [{}]])
 def test_an_autointerp_file_that_is_not_whole_is_named(features, run_folder, tmp_path):
     found = {"sae": evaluate.fingerprint(run_folder[0]), "features": features}
     (run_folder[0] / "autointerp.json").write_text(json.dumps(found))
@@ -524,6 +534,8 @@ def test_an_autointerp_file_that_is_not_whole_is_named(features, run_folder, tmp
         (["--judge-options", "x"], "--judge-options"),
         (["--temperature", "nan"], "--temperature: nan"),
         (["--judge", "a", "a"], "the same name twice"),
+        (["--judge", ""], "or none at all"),
+        (["--new-tokens", 70], "but the model reads 64"),
         (["--judge", "a", "b", "--base-url", "http://a", "http://b"], "--api-key-env"),
     ],
 )

@@ -490,8 +490,11 @@ def test_a_run_on_the_pile_is_trained_measured_and_explained_from_the_tokens_it_
     evaluate.main(["quality", str(folder), "--device", "cpu"])
 
 
-def test_a_rank_that_is_no_number_is_refused(monkeypatch, refusal, model_folder, tokens_file, tmp_path):
-    monkeypatch.setenv("RANK", "first")
+@pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("RANK", "1"), ("RANK", "-1"), ("WORLD_SIZE", "0")])
+def test_a_rank_that_torchrun_would_not_give_is_refused(
+    name, value, monkeypatch, refusal, model_folder, tokens_file, tmp_path
+):
+    monkeypatch.setenv(name, value)
     assert "unset them" in refusal(train_pythia.main, line(model_folder, tokens_file, tmp_path))
 
 
