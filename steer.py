@@ -11,6 +11,7 @@ Each run folder gets steering.json; --out the comparison of the runs and the fig
 `read_back`, `steer_run`, `rate`, `compare`.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -81,13 +82,14 @@ def generate(model, layer, prompt, vectors, uniform, temperature=0.7, top_p=0.9,
     While a token is generated, its row's vector is added to the residual stream after block `layer` at the newest
     position; at the prompt's positions only if steer_prompt. uniform [n, steps] are the random draws.
     """
+    cached = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older name
     written, past = [], None
     tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
     for step in range(uniform.shape[1]):
         added = vectors[:, None] if past is not None or steer_prompt else 0.0
         with spliced(model, layer, lambda resid, added=added: (resid + added).to(resid.dtype)):
-            out = model(input_ids=tokens, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+            out = model(input_ids=tokens, use_cache=True, **{cached: past})
+        past = out[cached]
         tokens = sample(out.logits[:, -1], uniform[:, step], temperature, top_p)[:, None]
         written.append(tokens)
     return torch.cat(written, 1)
