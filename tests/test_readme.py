@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import FORKS, ROOT
 
 import evaluate
 import steer
@@ -22,26 +22,21 @@ def commands(text):
     return [(script, shlex.split(rest.replace(" ...", ""))) for script, rest in COMMAND.findall(text)]
 
 
-def sections(text):
-    """{recipe: its section} of forks.md; the rest of any page under ""."""
-    parts = re.split(r"^## `([\w-]+)`.*\n", text, flags=re.MULTILINE)
-    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2]))
-
-
 def every_command():
-    """Of all pages: the script, its arguments, and the recipe whose section it is in."""
+    """Of all pages: the script, its arguments, and the recipes it needs: those of its section of forks.md, which are
+    all of them where a section is no recipe's; none on other pages, but that the tutorial tries one, too."""
     for page in PAGES:
-        for recipe, section in sections(page.read_text()).items():
+        for section in re.split(r"^## ", page.read_text(), flags=re.MULTILINE):
+            recipes = re.findall(r"\A`([\w-]+)`", section) or [path.stem for path in sorted(FORKS.glob("*.diff"))]
             for script, arguments in commands(section):
-                # The tutorial tries a recipe, too
-                recipe = "group-lasso" if "--groups" in arguments else recipe
-                yield pytest.param(script, arguments, recipe, id=f"{page.stem}: {script} {' '.join(arguments)}"[:90])
+                needed = recipes if page.stem == "forks" else ["group-lasso"] * ("--groups" in arguments)
+                yield pytest.param(script, arguments, needed, id=f"{page.stem}: {script} {' '.join(arguments)}"[:90])
 
 
-@pytest.mark.parametrize(("script", "arguments", "recipe"), list(every_command()))
-def test_every_command_line_parses(script, arguments, recipe, fork, monkeypatch):
-    if recipe:
-        copy = fork(recipe)
+@pytest.mark.parametrize(("script", "arguments", "recipes"), list(every_command()))
+def test_every_command_line_parses(script, arguments, recipes, fork, monkeypatch):
+    if recipes:
+        copy = fork(*recipes)
         if (copy.folder / f"{script}.py").exists() and script not in PARSE:
             return  # a script of the recipe's own
         parse = getattr(copy, script).parse
@@ -81,7 +76,7 @@ def test_every_file_of_the_repository_that_is_named_is_there():
     ours = {path.name for path in ROOT.glob("*.*")} | {"pairs.png", "features.png"}
     for page in PAGES:
         for name in re.findall(r"`((?:tests/|\.readme/)?[\w.-]+\.(?:py|md|txt))`", page.read_text()):
-            recipes = {f"{path.stem.replace('-', '_')}.py" for path in (ROOT / ".readme" / "forks").iterdir()}
+            recipes = {f"{path.stem.replace('-', '_')}.py" for path in FORKS.iterdir()}
             assert name in ours | recipes or (ROOT / name).exists(), (page.name, name)
 
 
