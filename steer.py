@@ -500,7 +500,8 @@ def plot_scores(runs, judged):
     """Histogram of auto-interp scores by feature; and the outcome by score bin, at the first strength."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    edges, outcome = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9]), success_of if judged else echoes
+    edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
+    outcome = success_of if judged else echoes
     for colour, (label, rows, summary) in enumerate(run for run in runs if run[2]):
         scored = [row for row in rows if row["autointerp_score"] is not None]
         rows = [row for row in scored if row["strength"] == summary[0]["strength"]]
