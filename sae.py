@@ -1,22 +1,25 @@
-"""Sparse autoencoders (SAEs) with weight regularization: settings, architectures, penalties, loss, training step.
+"""Sparse autoencoders (SAEs) with weight regularization: architectures, penalties, loss, training.
 
-After "Stable and Steerable Sparse Autoencoders with Weight Regularization" (arXiv:2603.04198). An SAE explains an
-activation x by a few of many features. Train two from different seeds and they find different features, unless an
-L1 or L2 penalty on the weights makes the same ones recur. Read down to the banner "Machinery": that is the whole
-method. Below it stands what makes the same thing fast, safe to interrupt and readable by other programs.
+After "Stable and Steerable Sparse Autoencoders with Weight Regularization" (arXiv:2603.04198). An
+SAE explains an activation x of a network by a few of many features. Train two SAEs from different
+seeds and they find different features, unless a penalty on the weights makes the same ones recur.
+Read down to the banner "Machinery": that is the whole method. Below it stands what makes the same
+method fast, safe to interrupt and readable by other programs.
 
-    hp = Hparams(arch="topk", d_in=512, d_sae=16_384, k=40, l2=1e-4, steps=24_000)
-    trainer = Trainer(hp, device="cuda")
-    for x in batches:                       # x [B, d_in]
-        trainer.train_step(x)
-    trainer.sae.save("runs/mine")           # opens in SAELens; SAE.load("runs/mine") reads it back
+    x = ...                                              # activations [N, 512], from anywhere
+    hp = Hparams(d_in=512, d_sae=4096, k=32, l2=1e-5, lr=1e-3, warmup=100, steps=2000)
+    sae = train_sae(hp, Rows(x))
+    acts = sae.encode(x[:8])                             # [8, 4096], 32 at most in a row are not 0
+    sae.save("runs/mine")                                # SAELens opens it, and SAE.load does
 
-Notation, as in the paper: d_in the width of the input, d_sae the number of latents (features), B the batch.
+Notation, as in the paper: d_in the width of the input, d_sae the number of latents (features), B
+the number of inputs in a batch.
 
     pre_acts = (x - b_dec) @ W_enc + b_enc     [B, d_sae]    W_enc [d_in, d_sae], b_enc [d_sae]
     acts     = activation(pre_acts)            [B, d_sae]    few are not zero
     x_hat    = acts @ W_dec + b_dec            [B, d_in]     W_dec [d_sae, d_in], b_dec [d_in]
-    loss     = |x_hat - x|^2 + l1 * sum |W| + l2 * sum W^2 (over both matrices) + sparsity and auxiliary terms
+    loss     = |x_hat - x|^2 + l1 * sum |W| + l2 * sum W^2 + sparsity and auxiliary terms,
+               where the sums are over all entries of both matrices, W_enc and W_dec
 
 Feature i is the encoder column W_enc[:, i] and the decoder row W_dec[i].
 """
@@ -25,6 +28,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -35,6 +39,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,278 +48,426 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-LOG_EVERY = 100  # steps between lines of metrics.jsonl and looks for dead latents, both of which wait for the device
-CHECKPOINT_SECONDS = 30  # between checkpoints; longer where writing one takes over a twentieth of that
-
-
-# ---------------------------------------------------------------------------------------------------
-# Settings. Each is named here and nowhere else: it is a flag of the command lines, with this help and these bounds.
-
-
-def setting(default, text, choices=list, low=0, high=sys.float_info.max, stream=False):
-    """A field of Hparams. choices() lists what is allowed, if not everything; called late, since tables stand below.
-    `stream` marks what decides the stream of batches, which the SAEs of a command share; all else may be swept."""
-    about = {"help": text, "choices": choices, "low": low, "high": high, "stream": stream}
-    return field(default=default, metadata=about)
-
-
-@dataclass
-class Hparams:
-    """All that decides how one SAE turns out, by default as in the study for Pythia-70M. Raises UserError."""
-
-    arch: str = setting("topk", "architecture", lambda: [name for name, arch in ARCHS.items() if arch.train])
-    d_in: int = setting(512, "width of the input", low=1)
-    d_sae: int = setting(16_384, "number of latents", low=1, high=2**31)
-    k: int = setting(40, "latents active per input (batchtopk, matryoshka: on average)", low=1)
-    sparsity: float = setting(0.0, "weight of the sparsity term (relu)")
-    l1: float = setting(0.0, "weight of the penalty on absolute weights, summed; the study has 1e-4")
-    l2: float = setting(0.0, "weight of the penalty on squared weights, summed; the study has 1e-4, for MNIST 1e-5")
-    l1_mean: float = setting(0.0, "weight of the penalty on absolute weights, averaged; for MNIST the study has 1e-3")
-    l2_norm: float = setting(0.0, "weight of the penalty on the matrices' norms; the study's notebook for MNIST: 1e-5")
-    tied_init: bool = setting(True, "start with unit decoder rows and the encoder as their transpose; else draw each")
-    unit_norm: bool = setting(False, "keep decoder rows at norm 1")
-    biases: bool = setting(True, "train b_enc and b_dec, else both stay 0")
-    reduction: str = setting(
-        "sum", "how errors over d_in, and acts over d_sae, become one number", lambda: ["sum", "mean"]
-    )
-    aux: float = setting(1 / 32, "weight of the auxiliary loss (all but relu)")
-    dead_after: int = setting(10_000_000, "inputs without firing after which a latent counts as dead", high=2**62)
-    lr: float = setting(5e-5, "learning rate of Adam", low=1e-30)
-    batch_size: int = setting(2048, "inputs per step", low=1, high=2**31, stream=True)
-    steps: int = setting(24_414, "training steps; 50M tokens", low=1, high=2**40)
-    warmup: int = setting(1000, "steps of linear warm-up from 0")
-    decay: float = setting(0.2, "the last share of the steps, over which lr falls linearly to 0", high=1)
-    clip: float = setting(1.0, "clip the norm of the whole gradient to this; 0: never")
-    k_anneal: float = setting(0.01, "the first share of the steps, over which k falls linearly from d_in to k", high=1)
-    threshold_start: int = setting(1000, "first step of the running mean that becomes the threshold at inference")
-    threshold_beta: float = setting(0.99, "of that mean; the study's 0.999 lags behind weights that shrink", high=1)
-    seed: int = setting(0, "initialisation", high=2**63 - 1)
-    data_seed: int = setting(0, "order of the data", high=2**40, stream=True)
-    data: str = setting("", "what is trained on", stream=True)
-    model: str = setting("", "language model: a name of the hub, or a folder", stream=True)
-    layer: int = setting(0, "the block after which the residual stream is read, from 0", stream=True)
-    context: int = setting(0, "tokens that the language model reads together", stream=True)
-    dtype: str = setting("auto", "of matrix products", lambda: ["auto", "float32", "bfloat16"], stream=True)
-    length: str = setting("", "of the training, in words such as 20 epochs; the steps say the same")
-
-    def __post_init__(self):
-        for known in fields(self):
-            name, value, about = known.name, getattr(self, known.name), known.metadata
-            if (choices := about["choices"]()) and value not in choices:
-                raise UserError(f"{flag(name)} {value}: choose from {', '.join(choices)}")
-            if known.type in (int, float) and not about["low"] <= value <= about["high"]:
-                raise UserError(f"{flag(name)} {value}: give a number from {about['low']:g} to {about['high']:g}")
-            # Reset what only other architectures use: it must not make a second run of the same SAE
-            if name not in ARCHS[self.arch].settings and any(name in other.settings for other in ARCHS.values()):
-                setattr(self, name, known.default)
-        if "k" in ARCHS[self.arch].settings and self.k > self.d_sae:
-            raise UserError(f"--k {self.k}: give a number from 1 to --d-sae, which is {self.d_sae}")
-        if 0 in group_sizes(self.arch, self.d_sae):
-            raise UserError(f"--d-sae {self.d_sae}: too few latents for the nested groups of {self.arch}")
-
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The SAE
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder of one of ARCHS. In train mode batchtopk and matryoshka choose over the batch; in eval mode
-    each latent is compared with `threshold`, so that what an input activates does not depend on its neighbours."""
+    """A sparse autoencoder of one of the architectures in ARCHS.
+
+    In train mode, batchtopk and matryoshka choose the active latents over the whole batch. In eval
+    mode they compare each latent with `threshold` instead, so that what one input activates does
+    not depend on which others happen to be in its batch.
+    """
 
     def __init__(self, d_in, d_sae, arch="topk", k=0):
         super().__init__()
         self.d_in, self.d_sae, self.arch, self.k = d_in, d_sae, arch, k
-        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))  # W_enc.T: a feature in each row, as in W_dec
+        # The encoder is kept transposed: a feature is a row of it, as it is of W_dec.
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))
-        for name, first_value in ARCHS[arch].parameters:
-            setattr(self, name, nn.Parameter(torch.full((d_sae,), first_value)))
+        for tensor in ARCHS[arch].tensors:
+            values = torch.full((d_sae,), tensor.first_value)
+            if tensor.trained:
+                self.register_parameter(tensor.name, nn.Parameter(values))
+            else:
+                self.register_buffer(tensor.name, values)
         self.group_sizes = group_sizes(arch, d_sae)
-        self.register_buffer("group_ends", torch.tensor(self.group_sizes).cumsum(0), persistent=False)
-        self.n_revived = max(1, min(d_in // 2, d_sae))  # dead latents that take part in the auxiliary loss
         self.metadata = {}  # of a loaded SAE: what its file says about it
 
     @property
     def W_enc(self):
-        """[d_in, d_sae]"""
+        """The encoder as the paper writes it, [d_in, d_sae]."""
         return self.encoder.T
 
     def pre_acts(self, x):
-        """[B, d_in] -> [B, d_sae]: (x - b_dec) @ W_enc + b_enc"""
+        """(x - b_dec) @ W_enc + b_enc, from x [B, d_in] to [B, d_sae]."""
         return F.linear(x - self.b_dec, self.encoder, self.b_enc)
 
     def activate(self, pre_acts, k):
-        train, infer = ARCHS[self.arch].train, ARCHS[self.arch].infer
-        rule = (train or infer) if self.training else (infer or train)
+        """From pre_acts [B, d_sae] to acts of the same shape, by the rule of the architecture."""
+        arch = ARCHS[self.arch]
+        rule = arch.train_rule if self.training else arch.eval_rule
         return rule(self, pre_acts, k)
 
     def encode(self, x):
-        """[B, d_in] -> acts [B, d_sae]"""
+        """The activations of all features, from x [B, d_in] to acts [B, d_sae]."""
         return self.activate(self.pre_acts(x), self.k)
 
     def decode(self, acts):
-        """acts [B, d_sae] -> x_hat [B, d_in]"""
+        """acts @ W_dec + b_dec, from acts [B, d_sae] to x_hat [B, d_in]."""
         return acts @ self.W_dec + self.b_dec
 
     def decode_prefixes(self, acts):
-        """The reconstructions [B, d_in] by each nested prefix of the latents, the last being x_hat. Matryoshka's are
-        1/32, 3/32, 7/32, 15/32 and all of them: each must do by itself, so general features come first. Every other
-        architecture has one group."""
-        groups = zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes))
-        return [*itertools.accumulate((a @ W for a, W in groups), initial=self.b_dec)][1:]  # without b_dec alone
+        """The reconstructions [B, d_in] by each nested prefix of the latents; the last is x_hat.
+
+        Matryoshka's prefixes are 1/32, 3/32, 7/32, 15/32 and all of the latents. Each must
+        reconstruct by itself, so that general features come first (Bussmann et al. 2025,
+        arXiv:2503.17547). Every other architecture has one group, and so one prefix.
+        """
+        x_hat, prefixes = self.b_dec, []
+        for a, W in zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes)):
+            x_hat = x_hat + a @ W
+            prefixes.append(x_hat)
+        return prefixes
 
     def forward(self, x):
+        """The reconstruction of x [B, d_in], of the same shape."""
         return self.decode(self.encode(x))
 
     def save(self, folder, metadata=None):
-        """Write `folder` as a SAELens SAE, float32, on raw activations. See write_saelens."""
+        """Write `folder` as a SAELens SAE in float32. Raises UserError. See write_saelens."""
         write_saelens(self, folder, metadata or {})
 
     @staticmethod
     def load(folder):
-        """Read an SAE from a SAELens folder, or one of dictionary_learning. Raises UserError. See load_sae."""
+        """Read an SAE of ours, SAELens, dictionary_learning or sparsify. See load_sae."""
         return load_sae(folder)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's subject: penalties on the weights of encoder and decoder
 
-# name: function of W [d_sae, d_in], a feature in each row. A new one is a line here, and a setting of that name above
+
+def sum_of_squares(W):
+    return W.norm() ** 2  # without a matrix of squares in memory
+
+
+def sum_of_absolutes(W):
+    return W.abs().sum()
+
+
+def both(function):
+    """The penalty function(W) of encoder plus that of decoder, as in the paper.
+
+    W is [d_sae, d_in], with a feature in each row, for the encoder as well.
+    """
+    return lambda sae: function(sae.encoder) + function(sae.W_dec)
+
+
+def encoder_only(function):
+    """The penalty function(W) of the encoder alone."""
+    return lambda sae: function(sae.encoder)
+
+
+def decoder_only(function):
+    """The penalty function(W) of the decoder alone."""
+    return lambda sae: function(sae.W_dec)
+
+
+# The name of a penalty: a function of the SAE that returns a scalar tensor. A new penalty is one
+# line here and one setting of the same name in Hparams, which is its weight.
 PENALTIES = {
-    "l1": lambda W: W.abs().sum(),
-    "l2": lambda W: W.norm() ** 2,  # the sum of squares, without a matrix of squares in memory
-    "l1_mean": lambda W: W.abs().mean(),
-    "l2_norm": lambda W: W.norm(),
+    "l1": both(sum_of_absolutes),
+    "l2": both(sum_of_squares),
+    "l1_mean": both(lambda W: W.abs().mean()),
+    "l2_norm": both(torch.norm),
 }
 
 
 def weight_penalty(sae, hp):
-    """The sum of all penalties, each of both matrices and times its weight, a scalar tensor; biases go free.
+    """The sum of all penalties, each times its weight: a scalar tensor. Biases go free.
 
-    It belongs to the loss and so passes through Adam; AdamW's decoupled weight decay is another thing.
+    It is a part of the loss, and so it passes through Adam. The decoupled weight decay of AdamW
+    is a different regularizer.
     """
-    matrices, penalty = (sae.encoder, sae.W_dec), sae.W_dec.new_zeros(())
+    penalty = sae.W_dec.new_zeros(())
     for name, function in PENALTIES.items():
-        if weight := getattr(hp, name):
-            penalty = penalty + weight * sum(function(W) for W in matrices)
+        weight = getattr(hp, name)
+        if weight:
+            penalty = penalty + weight * function(sae)
     return penalty
 
 
-# ---------------------------------------------------------------------------------------------------
-# Architectures: activation rules, from pre_acts [B, d_sae] to acts of the same shape, and what goes with them
+# --------------------------------------------------------------------------------------------------
+# Architectures. A rule takes (sae, pre_acts [B, d_sae], k) and gives acts of the same shape.
 
 
-def topk(pre_acts, k):
-    """Keep the k largest of each row, where positive; zero the rest."""
-    index = largest(pre_acts, k)  # [B, k], as of torch.topk
+def relu(sae, pre_acts, k):
+    """Keep what is positive."""
+    return pre_acts.relu()
+
+
+def topk(sae, pre_acts, k):
+    """Keep the k largest of each row, where positive (Gao et al. 2024, arXiv:2406.04093)."""
+    return keep_largest(pre_acts, k)
+
+
+def batchtopk(sae, pre_acts, k):
+    """Keep the k * B largest of the whole batch, so that one input may use more than another
+    (Bussmann et al. 2024, arXiv:2412.06410)."""
+    return keep_largest(pre_acts.flatten(), k * len(pre_acts)).view_as(pre_acts)
+
+
+def jumprelu(sae, pre_acts, k):
+    """Keep what is positive and above the latent's threshold (Rajamanoharan et al. 2024,
+    arXiv:2407.14435). Also the rule of batchtopk for an input that comes without a batch."""
+    return pre_acts.relu() * Above.apply(pre_acts, sae.threshold)
+
+
+def keep_largest(pre_acts, k):
+    """Keep the k largest of each row of pre_acts [..., n], where positive; zero the rest."""
+    index = largest(pre_acts, k)  # [..., k], the indices that torch.topk finds
     return torch.zeros_like(pre_acts).scatter(-1, index, pre_acts.gather(-1, index).relu())
 
 
-def batchtopk(pre_acts, k):
-    """Keep the k * B largest of the whole batch, so that an input may use more latents than another."""
-    return topk(pre_acts.flatten(), k * len(pre_acts)).view_as(pre_acts)
+def sum_of_acts(sae, pre_acts, acts):
+    """What ReLU's sparsity term adds up, [B, d_sae]: the activations, their L1 norm."""
+    return acts
 
 
-def jumprelu(pre_acts, threshold):
-    """Keep what exceeds the threshold [d_sae], and is positive: batchtopk for an input that comes without a batch."""
-    return pre_acts.relu() * (pre_acts > threshold)
+def number_of_acts(sae, pre_acts, acts):
+    """What JumpReLU's sparsity term adds up, [B, d_sae]: 1 for an active latent, their L0 norm."""
+    return Above.apply(pre_acts, sae.threshold)
+
+
+class OwnTensor(NamedTuple):
+    """A tensor [d_sae] that an architecture has and others lack."""
+
+    name: str  # as an attribute of the SAE
+    first_value: float
+    trained: bool  # by the gradient; else training keeps it up to date in another way
+    scales_with_x: bool  # whether inputs twice as large want it twice as large
+    saelens_name: str  # in SAELens' files
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All in which an architecture differs from the others; nothing else asks for one by its name."""
+    """All in which an architecture differs from others; nothing else asks for one by its name."""
 
     saelens: str  # its name in SAELens' files
-    train: Callable | None  # (sae, pre_acts, k) -> acts in training; None for one that can be used, not trained
-    infer: Callable | None = None  # the same for inputs that come one by one; None for the same rule
-    settings: tuple = ()  # those of Hparams that apply to it and not to every architecture
-    chosen_from: str = ""  # k latents of each "row", or k * B of the "batch"; "" for other rules. For fast_pass
-    sparsity: Callable = lambda sae, pre_acts, acts: acts  # [B, d_sae], what the sparsity term adds up, if it applies
-    groups: tuple = ()  # shares of d_sae, the nested groups before the last
-    parameters: tuple = ()  # of its own: pairs (name, first value), each [d_sae]
+    train_rule: Callable  # from pre_acts to acts in training
+    eval_rule: Callable  # the same for inputs that come one by one
+    settings: tuple  # those of Hparams that concern it and not every architecture
+    chosen_from: str = ""  # keeps k latents of each "row", or k * B of the "batch", or neither
+    sparsity: Callable | None = None  # what its sparsity term adds up, if it has such a term
+    sparsity_weight: str = ""  # the setting that is the weight of that term
+    groups: tuple = ()  # nested groups before the last one, as shares of d_sae
+    tensors: tuple = ()  # OwnTensors
 
 
-TOPK = Architecture(
-    "topk", lambda sae, pre_acts, k: topk(pre_acts, k), settings=("k", "k_anneal", "aux"), chosen_from="row"
-)
-JUMPRELU = Architecture("jumprelu", None, lambda sae, pre_acts, k: jumprelu(pre_acts, sae.threshold))
-BATCHTOPK = replace(  # at inference, and in SAELens' files, a JumpReLU SAE
-    JUMPRELU,
-    train=lambda sae, pre_acts, k: batchtopk(pre_acts, k),
-    settings=(*TOPK.settings, "threshold_start", "threshold_beta"),
+OF_TOPK = ("k", "k_anneal", "aux")
+AVERAGED = OwnTensor("threshold", 0.0, trained=False, scales_with_x=True, saelens_name="threshold")
+BATCHTOPK = Architecture(
+    saelens="jumprelu",  # which it is at inference
+    train_rule=batchtopk,
+    eval_rule=jumprelu,
+    settings=(*OF_TOPK, "threshold_start", "threshold_beta"),
     chosen_from="batch",
+    tensors=(AVERAGED,),
 )
 ARCHS = {
-    "relu": Architecture("standard", lambda sae, pre_acts, k: pre_acts.relu(), settings=("sparsity",)),
-    "topk": TOPK,
+    "relu": Architecture(
+        saelens="standard",
+        train_rule=relu,
+        eval_rule=relu,
+        settings=("sparsity",),
+        sparsity=sum_of_acts,
+        sparsity_weight="sparsity",
+    ),
+    "topk": Architecture(
+        saelens="topk",
+        train_rule=topk,
+        eval_rule=topk,
+        settings=OF_TOPK,
+        chosen_from="row",
+    ),
     "batchtopk": BATCHTOPK,
     "matryoshka": replace(BATCHTOPK, groups=(1 / 32, 1 / 16, 1 / 8, 1 / 4)),
-    "jumprelu": JUMPRELU,
+    "jumprelu": Architecture(
+        saelens="jumprelu",
+        train_rule=jumprelu,
+        eval_rule=jumprelu,
+        settings=("l0_weight",),
+        sparsity=number_of_acts,
+        sparsity_weight="l0_weight",
+        tensors=(AVERAGED._replace(first_value=0.01, trained=True),),
+    ),
 }
 
 
 def group_sizes(arch, d_sae):
-    """How many latents are in each nested group: the shares of the table, and the rest."""
-    first = [int(d_sae * share) for share in ARCHS[arch].groups]
-    return [*first, d_sae - sum(first)]
+    """How many latents are in each nested group: the shares of the table, then the rest."""
+    sizes = [int(d_sae * share) for share in ARCHS[arch].groups]
+    return [*sizes, d_sae - sum(sizes)]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
-def dense_pass(sae, x, k, dead=None, pre_acts=None):
-    """The forward pass of training, as the formulas say, on x [B, d_in]; pre_acts may be known. Returns a dict:
+class Forward(NamedTuple):
+    """What a forward pass of training finds on x [B, d_in]."""
 
-    pre_acts and acts [B, d_sae]; kept, acts of any shape, beyond which all are 0; prefixes, a list of reconstructions
-    [B, d_in], the last being x_hat; fired [d_sae], how often each latent was on; and revived [B, d_in], what the
-    d_in / 2 strongest of the `dead` [d_sae] latents add up to (Gao et al. 2024, arXiv:2406.04093, A.2).
+    pre_acts: torch.Tensor  # [B, d_sae]
+    acts: torch.Tensor  # [B, d_sae]; by fast_pass only those that were kept, [k * B]
+    prefixes: list  # reconstructions [B, d_in] by each nested prefix, the last one being x_hat
+    fired: torch.Tensor  # [d_sae], on how many inputs each latent was active
+    revived: torch.Tensor | None  # [B, d_in], the dead latents' contribution, where there are any
+
+
+def dense_pass(sae, x, k, dead=None):
+    """The forward pass as the formulas say it, on x [B, d_in].
+
+    `dead` [d_sae] marks latents that have not fired for long. The d_in / 2 of them with the largest
+    pre_acts are activated as well and give `revived`, which the auxiliary loss looks at.
     """
-    pre_acts = sae.pre_acts(x) if pre_acts is None else pre_acts
+    return forward_from(sae, sae.pre_acts(x), k, dead)
+
+
+def forward_from(sae, pre_acts, k, dead):
+    """The forward pass of dense_pass, once pre_acts [B, d_sae] are there."""
     acts = sae.activate(pre_acts, k)
-    parts = {"pre_acts": pre_acts, "acts": acts, "kept": acts, "prefixes": sae.decode_prefixes(acts)}
+    revived = None
     if dead is not None:
-        parts["revived"] = topk(torch.where(dead, pre_acts, 0), sae.n_revived) @ sae.W_dec
-    return parts | {"fired": (acts > 0).sum(0)}
+        revived = keep_largest(torch.where(dead, pre_acts, 0), n_revived(sae)) @ sae.W_dec
+    return Forward(pre_acts, acts, sae.decode_prefixes(acts), (acts > 0).sum(0), revived)
+
+
+def n_revived(sae):
+    """How many dead latents take part in the auxiliary loss: d_in / 2, as Gao et al. have it."""
+    return max(1, min(sae.d_in // 2, sae.d_sae))
 
 
 def squared_error(x_hat, x, reduction):
-    """Squared error, averaged over the batch, summed or averaged over d_in."""
+    """The squared error, averaged over the batch, and summed or averaged over d_in."""
     error = (x_hat - x).square()
     return error.sum(1).mean() if reduction == "sum" else error.mean()
 
 
 def auxiliary_loss(revived, residual, dead):
-    """Dead latents are to reconstruct what the living ones leave over: the error of `revived` [B, d_in] on the residual
-    x - x_hat [B, d_in], in units of its variance. Zero where no latent is dead."""
+    """Dead latents are to reconstruct what the living ones leave over (arXiv:2406.04093, A.2).
+
+    The squared error of `revived` [B, d_in] on the residual x - x_hat [B, d_in], in units of the
+    residual's variance; zero where no latent is dead.
+    """
     variance = squared_error(residual.mean(0), residual, "sum")
     return dead.any() * squared_error(revived, residual, "sum") / variance.clamp(min=1e-12)
 
 
+class Loss(NamedTuple):
+    total: torch.Tensor  # what is minimised, a scalar as the next two
+    recon: torch.Tensor  # the reconstruction error, averaged over the nested prefixes
+    penalty: torch.Tensor  # the paper's penalty on the weights
+    forward: Forward
+
+
 def total_loss(sae, hp, x, k, dead=None, dense=False):
-    """The training loss on x [B, d_in], and its parts: those of dense_pass, recon, penalty. `dead` [d_sae] marks the
-    latents for the auxiliary loss, if any. Training takes fast_pass (below the banner), which gives the same."""
-    parts = (dense_pass if dense else fast_pass)(sae, x, k, dead)
-    errors = [squared_error(x_hat, x, hp.reduction) for x_hat in parts["prefixes"]]
-    recon, penalty = sum(errors) / len(errors), weight_penalty(sae, hp)
-    loss = recon + penalty
-    if hp.sparsity:
-        active = ARCHS[sae.arch].sparsity(sae, parts["pre_acts"], parts["acts"])
-        loss = loss + hp.sparsity * (active.sum(1).mean() if hp.reduction == "sum" else active.mean())
+    """The training loss on x [B, d_in]: reconstruction, penalty, sparsity and auxiliary terms.
+
+    `dead` [d_sae] marks the latents for the auxiliary loss, None if there are none. With `dense`
+    the forward pass is dense_pass; else it is fast_pass (below the banner), which gives the same.
+    """
+    forward = dense_pass(sae, x, k, dead) if dense else fast_pass(sae, x, k, dead)
+    errors = [squared_error(x_hat, x, hp.reduction) for x_hat in forward.prefixes]
+    recon = sum(errors) / len(errors)
+    penalty = weight_penalty(sae, hp)
+    total = recon + penalty
+    arch = ARCHS[sae.arch]
+    if arch.sparsity is not None:
+        active = arch.sparsity(sae, forward.pre_acts, forward.acts)  # [B, d_sae]
+        per_input = active.sum(1).mean() if hp.reduction == "sum" else active.mean()
+        total = total + getattr(hp, arch.sparsity_weight) * per_input
     if dead is not None:
-        residual = (x - parts["prefixes"][-1]).detach()
-        loss = loss + hp.aux * auxiliary_loss(parts["revived"], residual, dead)
-    return loss, parts | {"recon": recon, "penalty": penalty}
+        residual = (x - forward.prefixes[-1]).detach()  # dead latents must not move the others
+        total = total + hp.aux * auxiliary_loss(forward.revived, residual, dead)
+    return Loss(total, recon, penalty, forward)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The training step, and then what it is made of
+# --------------------------------------------------------------------------------------------------
+# Settings. Each is named here and nowhere else: a field is also a flag of the command lines, with
+# this help and these bounds. The defaults are the study's for Pythia-70M.
+
+
+def setting(default, group, text, choices=(), low=0, high=sys.float_info.max, stream=False):
+    """A field of Hparams: its default, its group of flags, its help, and what it may be.
+
+    `stream` marks what decides the stream of batches. The SAEs of one command are trained on the
+    same stream, so such a setting has one value there; every other one may be swept.
+    """
+    limits = {"choices": choices, "low": low, "high": high, "stream": stream}
+    return field(default=default, metadata={"group": group, "help": text, **limits})
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class Hparams:
+    """All that decides how one SAE turns out. Raises UserError where a value is out of its range.
+
+    A setting that does not concern the architecture returns to its default, so that it cannot make
+    a second run of the same SAE.
+    """
+
+    arch: str = setting("topk", "SAE", "architecture", choices=tuple(ARCHS))
+    d_in: int = setting(512, "SAE", "width of the input", low=1)
+    d_sae: int = setting(16_384, "SAE", "number of latents", low=1, high=2**31)
+    k: int = setting(40, "SAE", "latents active per input, or on average (batchtopk)", low=1)
+    sparsity: float = setting(0.0, "SAE", "weight of the L1 norm of activations (relu)")
+    l0_weight: float = setting(3e-3, "SAE", "weight of the number of active latents (jumprelu)")
+    l1: float = setting(0.0, "penalties", "weight of the sum of |W|; the study has 1e-4")
+    l2: float = setting(0.0, "penalties", "weight of the sum of W^2; the study 1e-4, MNIST 1e-5")
+    l1_mean: float = setting(0.0, "penalties", "weight of the mean |W|; the study, MNIST: 1e-3")
+    l2_norm: float = setting(0.0, "penalties", "weight of the norm |W|; its MNIST notebook: 1e-5")
+    tied_init: bool = setting(True, "SAE", "start with unit decoder rows, encoder as transpose")
+    unit_norm: bool = setting(False, "SAE", "keep decoder rows at norm 1")
+    biases: bool = setting(True, "SAE", "train b_enc and b_dec, else both stay 0")
+    reduction: str = setting("sum", "optimiser", "of errors over d_in", choices=("sum", "mean"))
+    aux: float = setting(1 / 32, "SAE", "weight of the auxiliary loss for dead latents (topk)")
+    dead_after: int = setting(10_000_000, "SAE", "inputs unfired to count as dead", high=2**62)
+    lr: float = setting(5e-5, "optimiser", "learning rate of Adam", low=1e-30)
+    batch_size: int = setting(2048, "optimiser", "inputs a step", low=1, high=2**31, stream=True)
+    steps: int = setting(24_414, "optimiser", "training steps, of 50M tokens", low=1, high=2**40)
+    warmup: int = setting(1000, "optimiser", "steps of linear warm-up from 0")
+    decay: float = setting(0.2, "optimiser", "last share of steps, lr falling to 0", high=1)
+    clip: float = setting(1.0, "optimiser", "clip the gradient's norm to this; 0: never")
+    k_anneal: float = setting(0.01, "SAE", "share of steps in which k falls from d_in", high=1)
+    threshold_start: int = setting(1000, "SAE", "step from which the threshold is averaged")
+    threshold_beta: float = setting(0.99, "SAE", "memory of it; 0.999 lags in short runs", high=1)
+    seed: int = setting(0, "SAE", "of the initial weights", high=2**63 - 1)
+    data_seed: int = setting(0, "data", "of the order of the data", high=2**40, stream=True)
+    data: str = setting("", "data", "what is trained on", stream=True)
+    model: str = setting("", "data", "language model: hub name or folder", stream=True)
+    layer: int = setting(0, "data", "block whose output is read, from 0", stream=True)
+    context: int = setting(0, "data", "tokens that the model reads together", stream=True)
+    dtype: str = setting("auto", "optimiser", "of matrix products", choices=DTYPES, stream=True)
+    length: str = setting("", "optimiser", "of the training in words; the steps say the same")
+
+    def __post_init__(self):
+        for one in fields(self):
+            value, limits = getattr(self, one.name), one.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                choices = ", ".join(limits["choices"])
+                raise UserError(f"{flag(one.name)} {value}: choose from {choices}")
+            if one.type in (int, float) and not limits["low"] <= value <= limits["high"]:
+                bounds = f"from {limits['low']:g} to {limits['high']:g}"
+                raise UserError(f"{flag(one.name)} {value}: give a number {bounds}")
+            if not applies(one.name, self.arch):
+                setattr(self, one.name, one.default)
+        if applies("k", self.arch) and self.k > self.d_sae:
+            raise UserError(f"--k {self.k}: give at most --d-sae, which is {self.d_sae}")
+        if 0 in group_sizes(self.arch, self.d_sae):
+            raise UserError(f"--d-sae {self.d_sae}: too few for the nested groups of {self.arch}")
+
+
+def applies(name, arch):
+    """Whether a setting concerns an architecture: unless only others list it, it does."""
+    listed = [other for other, table in ARCHS.items() if name in table.settings]
+    return arch in listed or not listed
+
+
+# --------------------------------------------------------------------------------------------------
+# The training step
+
+LOG_EVERY = 100  # steps between lines of metrics.jsonl, for each of which the device must be waited
+LOOK_FOR_DEAD_EVERY = 100  # steps; whether any latent is dead must be waited for, too
 
 
 class Trainer:
-    """One SAE in training: weights, Adam's moments, counters, metrics. Everything a checkpoint holds."""
+    """One SAE in training: weights, Adam's moments, counters, metrics; what a checkpoint holds."""
 
     def __init__(self, hp, device="cpu"):
         self.hp, self.device = hp, torch.device(device)
@@ -328,25 +481,26 @@ class Trainer:
         self.bfloat16 = use_bfloat16(hp.dtype, self.device)
         self.step = 0
         self.inputs_since_fired = torch.zeros(hp.d_sae, dtype=torch.long, device=self.device)
+        self.any_dead = False
         self.metrics = []  # the lines of metrics.jsonl
 
     def train_step(self, x):
-        """One update on x [B, d_in], on the trainer's device. Raises UserError where the loss is not finite."""
-        hp, sae, applies = self.hp, self.sae, ARCHS[self.hp.arch].settings
+        """One update on x [B, d_in], on the trainer's device, of unit mean squared norm.
+
+        Raises UserError where the loss is no longer a finite number.
+        """
+        hp, sae = self.hp, self.sae
         if self.step == 0 and hp.biases:
-            sae.b_dec.data.copy_(geometric_median(x.cpu()))  # on the CPU, so that every device starts alike
+            # On the CPU, so that every device starts from the same numbers.
+            sae.b_dec.data.copy_(geometric_median(x.cpu()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(hp, self.step)
-        # As of the last log: asking the device at every step would stall it
-        any_dead = "aux" in applies and hp.aux and self.metrics and self.metrics[-1]["dead"]
-        dead = self.inputs_since_fired >= hp.dead_after if any_dead else None
+        dead = self.inputs_since_fired >= hp.dead_after if self.any_dead else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss, parts = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
-        loss.backward()
-        # The gradient along a row would only change its norm. To remove it is usual for the TopK family; the study's
-        # ReLU SAEs are rescaled after the step and no more. This cancels l2 and l2_norm on the decoder, too.
-        if hp.unit_norm and "k" in applies and sae.W_dec.grad is not None:
-            sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec.data).sum(1, keepdim=True) * sae.W_dec.data
+            loss = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
+        loss.total.backward()
+        if hp.unit_norm:
+            self.project_decoder_gradient()
         if hp.clip:
             nn.utils.clip_grad_norm_(sae.parameters(), hp.clip)
         self.optimizer.step()
@@ -355,62 +509,56 @@ class Trainer:
             sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
         self.inputs_since_fired += len(x)
-        self.inputs_since_fired.masked_fill_(parts["fired"] > 0, 0)
-        if "threshold_beta" in applies:
-            self.update_threshold(parts["kept"].detach())
+        self.inputs_since_fired.masked_fill_(loss.forward.fired > 0, 0)
+        if applies("threshold_beta", hp.arch):
+            self.update_threshold(loss.forward.acts.detach())
         self.step += 1
+        if applies("aux", hp.arch) and hp.aux and self.step % LOOK_FOR_DEAD_EVERY == 0:
+            self.any_dead = bool((self.inputs_since_fired >= hp.dead_after).any())
         if self.step % LOG_EVERY == 0 or self.step == hp.steps:
-            self.log(x, loss, parts)
+            self.log(x, loss)
 
-    def update_threshold(self, kept):
-        """One threshold for all: a running mean of the smallest act that batchtopk keeps, from threshold_start on."""
-        start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need a threshold too
+    def project_decoder_gradient(self):
+        """Remove from the gradient what would only change the norms of decoder rows.
+
+        This is usual for the TopK family with unit norm, while the study's ReLU SAEs are rescaled
+        after the step and no more. It also cancels an L2 penalty on the decoder.
+        """
+        W_dec = self.sae.W_dec
+        if applies("k", self.hp.arch) and W_dec.grad is not None:
+            W_dec.grad -= (W_dec.grad * W_dec.data).sum(1, keepdim=True) * W_dec.data
+
+    def update_threshold(self, acts):
+        """The threshold of batchtopk at inference, one for all latents.
+
+        A running mean, from threshold_start on, of the smallest act that a batch keeps.
+        """
+        start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need one as well
         if self.step < start:
             return
-        smallest = torch.where(kept > 0, kept, torch.inf).min().float()
-        smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)  # a batch may keep nothing
-        self.sae.threshold.lerp_(smallest, 1.0 if self.step == start else 1 - self.hp.threshold_beta)
+        smallest = torch.where(acts > 0, acts, torch.inf).min().float()
+        # A batch may keep nothing at all; then the mean stays where it is.
+        smallest = torch.where(smallest.isfinite(), smallest, self.sae.threshold)
+        weight = 1.0 if self.step == start else 1 - self.hp.threshold_beta
+        self.sae.threshold.lerp_(smallest, weight)
 
     @torch.no_grad()
-    def log(self, x, loss, parts):
-        """A line of metrics.jsonl: l0, latents on per input; fve, fraction of variance explained; dead latents."""
-        error = squared_error(parts["prefixes"][-1], x, "sum")
-        variance = squared_error(x.mean(0), x, "sum")
-        row = {"step": self.step, "loss": loss.item(), "recon": parts["recon"].item()}
-        row |= {"l0": parts["fired"].sum().item() / len(x), "fve": 1 - (error / variance.clamp(min=1e-12)).item()}
-        row |= {"penalty": parts["penalty"].item(), "dead": int((self.inputs_since_fired >= self.hp.dead_after).sum())}
-        self.metrics.append(row | {"lr": self.optimizer.param_groups[0]["lr"]})
+    def log(self, x, loss):
+        """Append a line to the metrics; see the README for l0, fve and dead."""
+        error = squared_error(loss.forward.prefixes[-1], x, "sum")
+        variance = squared_error(x.mean(0), x, "sum").clamp(min=1e-12)
+        row = {
+            "step": self.step,
+            "loss": loss.total.item(),
+            "recon": loss.recon.item(),
+            "l0": loss.forward.fired.sum().item() / len(x),
+            "fve": 1 - (error / variance).item(),
+            "penalty": loss.penalty.item(),
+            "dead": int((self.inputs_since_fired >= self.hp.dead_after).sum()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.metrics.append(row)
         check_finite(self, row["loss"])
-
-
-def fit(trainers, stream, stream_state=dict):
-    """Train all of {folder: Trainer} on the same stream of batches x [B, d_in] until each has had its steps.
-
-    The stream starts at the step of the one that is furthest behind; others wait there. Checkpoints are written
-    every CHECKPOINT_SECONDS (less often where that would take over a twentieth of the time); `stream_state()` goes
-    into them, for the caller to start the stream from again.
-    """
-    step = min(trainer.step for trainer in trainers.values())
-    steps = max(trainer.hp.steps for trainer in trainers.values())
-    name = next(iter(trainers)).name if len(trainers) == 1 else f"{len(trainers)} SAEs"
-    due = time.monotonic() + CHECKPOINT_SECONDS
-    with tqdm(total=steps, initial=step, desc=name, unit="step") as progress:
-        while step < steps:
-            x = next(stream)
-            for trainer in trainers.values():
-                if trainer.step == step < trainer.hp.steps:
-                    trainer.train_step(x)
-            step += 1
-            progress.update()
-            row = next(iter(trainers.values())).metrics[-1:]
-            if row and row[0]["step"] == step:
-                progress.set_postfix_str("loss {loss:.4f} fve {fve:.3f} l0 {l0:.0f}".format(**row[0]))
-            if time.monotonic() > due:
-                start = time.monotonic()
-                for folder, trainer in trainers.items():
-                    if trainer.step == step:  # one that waits has its own, of a later place in the stream
-                        save_checkpoint(trainer, folder, stream_state())
-                due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
 
 
 @torch.no_grad()
@@ -419,7 +567,7 @@ def initialise(sae, hp):
     generator = torch.Generator().manual_seed(hp.seed)
 
     def kaiming_uniform(fan_in, fan_out):
-        bound = (6 / fan_in) ** 0.5  # gain of ReLU
+        bound = math.sqrt(6 / fan_in)  # the gain of ReLU
         return torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=generator)
 
     W_dec = kaiming_uniform(hp.d_sae, hp.d_in)
@@ -430,7 +578,10 @@ def initialise(sae, hp):
 
 
 def geometric_median(x, steps=100, tolerance=1e-5):
-    """The point [d_in] with the least summed distance to the rows of x [B, d_in], by Weiszfeld's iteration."""
+    """The point [d_in] with the least summed distance to the rows of x [B, d_in].
+
+    Weiszfeld's iteration: a mean in which each row counts by one over its distance.
+    """
     median = x.mean(0)
     for _ in range(steps):
         weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -441,7 +592,7 @@ def geometric_median(x, steps=100, tolerance=1e-5):
 
 
 def learning_rate(hp, step):
-    """Linear warm-up from 0, constant, linear decay to 0."""
+    """Linear warm-up from 0, then constant, then linear decay to 0."""
     warm = min(1.0, step / hp.warmup) if hp.warmup else 1.0
     left = (hp.steps - step) / (hp.steps * hp.decay) if hp.decay else 1.0
     return hp.lr * min(warm, left, 1.0)
@@ -453,81 +604,234 @@ def annealed_k(hp, step):
     return int(hp.k + (1 - share) * max(0, min(hp.d_in, hp.d_sae) - hp.k))
 
 
-# ===================================================================================================
+# --------------------------------------------------------------------------------------------------
+# Training: SAEs, and a source of the activations that they learn to explain
+#
+# A source is any object with these six; Rows is one, Activations in train_pythia.py the other.
+#   d_in                      the width of an activation
+#   scale                     by which activations are divided, so that an SAE meets a mean squared
+#                             norm of 1 whatever it is trained on; there once `batches` was called
+#   batches(hp, step, state)  an endless iterator of x / scale, each [hp.batch_size, d_in], from
+#                             step number `step` on; state is what state() gave at that step
+#   state()                   what a checkpoint must hold to go on from here, a dict of tensors
+#                             and numbers
+#   held_out()                batches [B, d_in] of x itself that no training sees, maybe none
+#   metadata                  what the SAE's file is to say about its origin, a dict
+
+CHECKPOINT_SECONDS = (
+    30  # between checkpoints, or longer where writing one takes over a second or so
+)
+HELD_OUT_BATCHES = 4  # on which a trained SAE is measured for the line that is printed about it
+
+
+class Rows:
+    """The source that serves the rows of a tensor x [N, d_in]: pixels, or cached activations.
+
+    The order depends on hp.data_seed and the number of the epoch alone. All rows are served once an
+    epoch, so that its last batch may be smaller. `scale` None makes the mean squared norm 1, as the
+    study has it for language models; pixels have the scale 1. Raises UserError for what is no
+    matrix of finite numbers.
+    """
+
+    def __init__(self, x, held_out=None, scale=None, metadata=None):
+        x = torch.as_tensor(x)
+        if x.ndim != 2 or len(x) == 0 or not x.is_floating_point():
+            kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            raise UserError(f"activations must be floating-point numbers [N, d_in], not {kind}")
+        total = sum(part.double().square().sum().item() for part in x.split(65_536))
+        if not math.isfinite(total) or total == 0:
+            raise UserError("activations must be finite numbers, and not all zero")
+        self.x, self.d_in = x, x.shape[1]
+        self.test = x[:0] if held_out is None else torch.as_tensor(held_out)
+        self.scale = math.sqrt(total / len(x)) if scale is None else scale
+        self.metadata = metadata or {}
+
+    def batches(self, hp, step, state):
+        per_epoch = math.ceil(len(self.x) / hp.batch_size)
+        for epoch in itertools.count(step // per_epoch):
+            generator = torch.Generator().manual_seed(hp.data_seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
+            for index in range(step % per_epoch, per_epoch):
+                rows = order[index * hp.batch_size : (index + 1) * hp.batch_size]
+                yield self.x[rows].float() / self.scale
+            step = 0
+
+    def state(self):
+        return {}  # the step says it all
+
+    def held_out(self):
+        for part in self.test.split(4096):
+            yield part.float()
+
+
+def train_sae(hp, source, device="auto"):
+    """Train one SAE in memory and return it, in eval mode, on the CPU, for inputs as they are.
+
+    Nothing is written: for a notebook. Raises UserError.
+    """
+    trainer = Trainer(hp, prepare([hp], source, device))
+    batches = source.batches(hp, 0, {})
+    for _ in tqdm(range(hp.steps), desc="training", unit="step"):
+        trainer.train_step(next(batches).to(trainer.device))
+    return finished_sae(trainer, source.scale)
+
+
+def train(runs, source, device="auto"):
+    """Train all SAEs of {folder: Hparams} on one stream, and save each in its folder.
+
+    What is finished is not trained again, and what was interrupted goes on from its last checkpoint
+    to the same weights, so the same call may always be repeated. Raises UserError.
+    """
+    runs = {Path(folder): hp for folder, hp in runs.items() if not is_complete(folder, hp)}
+    if not runs:
+        return
+    device = prepare(list(runs.values()), source, device)
+    trainers = {folder: Trainer(hp, device) for folder, hp in runs.items()}
+    states = {folder: resume(trainer, folder) for folder, trainer in trainers.items()}
+    for folder, trainer in trainers.items():
+        write_hparams(trainer, folder)
+    # The stream starts at the step of the one that is furthest behind; others wait for it there.
+    behind = min(trainers, key=lambda folder: trainers[folder].step)
+    step = trainers[behind].step
+    batches = source.batches(runs[behind], step, states[behind])
+    held_out, total = None, max(hp.steps for hp in runs.values())
+    title = behind.name if len(runs) == 1 else f"{len(runs)} SAEs"
+    due = time.monotonic() + CHECKPOINT_SECONDS
+    with tqdm(total=total, initial=step, desc=title, unit="step") as progress:
+        while trainers:
+            x = next(batches).to(device)
+            for folder, trainer in list(trainers.items()):
+                if trainer.step > step:
+                    continue
+                if step < trainer.hp.steps:
+                    trainer.train_step(x)
+                if trainer.step >= trainer.hp.steps:
+                    sae = save_run(trainer, folder, source, x)
+                    if held_out is None:
+                        held_out = list(itertools.islice(source.held_out(), HELD_OUT_BATCHES))
+                    progress.write(closing_line(sae, trainer, folder, held_out))
+                    del trainers[folder]
+            step += 1
+            progress.update(min(step, total) - progress.n)
+            show_metrics(progress, trainers)
+            if time.monotonic() > due:
+                start = time.monotonic()
+                for folder, trainer in trainers.items():
+                    if trainer.step == step:  # one that waits has a checkpoint of a later step
+                        save_checkpoint(trainer, folder, source.state())
+                # A checkpoint may take a twentieth of the time, and no more.
+                due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
+
+
+def show_metrics(progress, trainers):
+    """The newest metrics of the first SAE, at the end of the progress bar."""
+    for trainer in list(trainers.values())[:1]:
+        for row in trainer.metrics[-1:]:
+            progress.set_postfix_str(
+                f"loss {row['loss']:.4f} fve {row['fve']:.3f} l0 {row['l0']:.0f}", refresh=False
+            )
+
+
+@torch.no_grad()
+def closing_line(sae, trainer, folder, held_out):
+    """A line about a trained SAE: fve and l0 on held-out batches, else on the last of training."""
+    row = trainer.metrics[-1]
+    text = f"{folder}: fve {row['fve']:.4f}, l0 {row['l0']:.1f}"
+    if held_out:
+        x = torch.cat(held_out).cpu()
+        acts = [sae.encode(part) for part in x.split(4096)]
+        x_hat = torch.cat([sae.decode(part) for part in acts])
+        variance = squared_error(x.mean(0), x, "sum").clamp(min=1e-12)
+        fve = 1 - (squared_error(x_hat, x, "sum") / variance).item()
+        l0 = sum((part > 0).sum().item() for part in acts) / len(x)
+        text = f"{folder}: on held-out inputs fve {fve:.4f}, l0 {l0:.1f}"
+    return f"{text}; {row['dead']} of {trainer.hp.d_sae} latents silent for long"
+
+
+def prepare(hparams, source, device):
+    """Check what all SAEs of a stream must agree on; return the device. Raises UserError."""
+    tune_cpu()
+    for one in fields(Hparams):
+        values = {getattr(hp, one.name) for hp in hparams}
+        if one.metadata["stream"] and len(values) > 1:
+            raise UserError(f"{flag(one.name)}: SAEs of one stream need the same, not {values}")
+    for hp in hparams:
+        if hp.d_in != source.d_in:
+            raise UserError(f"--d-in {hp.d_in}: the activations have the width {source.d_in}")
+    if any(hp.warmup > hp.steps / 5 for hp in hparams):
+        shortest = min(hp.steps for hp in hparams)
+        print(
+            f"note: warm-up takes over a fifth of {shortest} steps: lower --warmup, or train longer"
+        )
+    return pick_device(device)
+
+
+# ==================================================================================================
 # Machinery. Nothing below changes what is computed.
-# ===================================================================================================
-
-
-# The same forward pass from the active entries alone. An entry is the number row * d_sae + latent.
+# ==================================================================================================
+#
+# The forward pass from the active entries alone. Of a TopK step, six products of a matrix with a
+# matrix would be dense (three each for encoder and decoder, forward and backward). Where k latents
+# an input are chosen, all others are zero: they add nothing to x_hat, and their pre_acts get no
+# gradient. So only the first product, which finds the k, is needed in full. At the study's size and
+# on two cores that makes a step of 170 ms out of one of 900.
+#
+# An entry is one place in the matrix pre_acts [B, d_sae], as the number row * d_sae + latent.
 
 
 def fast_pass(sae, x, k, dead=None):
-    """dense_pass by a shorter way. Where k latents an input are chosen, all others are zero: they add nothing to x_hat,
-    and their pre_acts get no gradient. So of the six dense products of a step (three forward and backward for encoder
-    and decoder each) only the first is needed. There is no matrix `acts` then, and `kept` is [k * B]."""
+    """dense_pass by a shorter way, with the same values and gradients; `acts` are [k * B]."""
     chosen_from = ARCHS[sae.arch].chosen_from
     if not chosen_from:
-        # Equal to sae.pre_acts(x), the last term being zero. It carries b_dec's gradient, which is then a product of a
-        # vector with W_enc; through x - b_dec it would cost one more product over the batch. (Adding -b_dec @ W_enc to
-        # b_enc would do too, but in bfloat16 it cancels badly against x @ W_enc.)
-        b_dec = sae.b_dec.detach()
-        pre_acts = F.linear(x - b_dec, sae.encoder, sae.b_enc + (b_dec - sae.b_dec) @ sae.W_enc)
-        return dense_pass(sae, x, k, dead, pre_acts)
+        return forward_from(sae, pre_acts_with_cheap_bias_gradient(sae, x), k, dead)
     with torch.no_grad():
         pre_acts = sae.pre_acts(x)
-        entries = largest_entries(pre_acts if chosen_from == "row" else pre_acts.view(1, -1), k * len(x))
-    kept, rows, latents = pick(sae, x, pre_acts, entries)
-    # Nested groups make sums of their own, one block of rows each, and a prefix adds up the first of them
-    blocks = len(x) * torch.searchsorted(sae.group_ends, latents, right=True)
-    sums = weighted_sums(kept, latents, sae.W_dec, blocks + rows, len(sae.group_sizes) * len(x)).split(len(x))
-    fired = torch.zeros(sae.d_sae, device=x.device).index_add_(0, latents, (kept > 0).float())
-    parts = {"pre_acts": pre_acts, "kept": kept, "fired": fired}
+        rows = pre_acts if chosen_from == "row" else pre_acts.view(1, -1)
+        entries = largest_entries(rows, k * len(x))
+    kept = active_at(sae, x, pre_acts, entries)
+    prefixes = decode_entries(sae, kept, len(x))
+    fired = torch.zeros(sae.d_sae, device=x.device)
+    fired.index_add_(0, kept.latents, (kept.acts > 0).float())
+    revived = None
     if dead is not None:
         candidates = torch.where(dead, pre_acts, 0)
-        acts, rows, latents = pick(sae, x, candidates, largest_entries(candidates, sae.n_revived * len(x)))
-        parts["revived"] = weighted_sums(acts, latents, sae.W_dec, rows, len(x))
-    return parts | {"prefixes": [*itertools.accumulate(sums, initial=sae.b_dec)][1:]}
+        entries = largest_entries(candidates, n_revived(sae) * len(x))
+        extra = active_at(sae, x, candidates, entries)
+        revived = weighted_sums(extra.acts, extra.latents, sae.W_dec, extra.rows, len(x))
+    return Forward(pre_acts, kept.acts, prefixes, fired, revived)
 
 
-def largest_entries(rows, n):
-    """The entries of the n / R largest of each row of rows [R, width], [n]."""
-    starts = torch.arange(0, rows.numel(), rows.shape[1], device=rows.device)
-    return (largest(rows, n // len(rows)) + starts[:, None]).flatten()
+def pre_acts_with_cheap_bias_gradient(sae, x):
+    """sae.pre_acts(x), with the gradient of b_dec by a product of a vector instead of a batch.
 
-
-def largest(x, k, fold=8):
-    """Indices of the k largest of each row of x [..., n], in no order: x.topk(k).indices, several times faster.
-
-    Fold the row into n / 8 columns of 8. The k largest lie in the k columns whose maxima are largest, so a search
-    among n / 8 numbers (folded again, while that pays) and one among 8 k take the place of one among n.
+    The term (b_dec - b_dec) @ W_enc is zero and carries that gradient; through x - b_dec it would
+    cost a sixth of the step. (Adding -b_dec @ W_enc to b_enc would do as well, but in bfloat16 it
+    cancels badly against x @ W_enc.)
     """
-    n = x.shape[-1]
-    if n % fold or n < 4 * fold * k:
-        return x.topk(k, dim=-1, sorted=False).indices
-    columns = x.unflatten(-1, (fold, n // fold))
-    best = largest(columns.amax(-2), k)
-    inside = columns.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], fold, k)).flatten(-2)
-    winners = inside.topk(k, dim=-1, sorted=False).indices
-    return winners // k * (n // fold) + best.gather(-1, winners % k)
+    b_dec = sae.b_dec.detach()
+    return F.linear(x - b_dec, sae.encoder, sae.b_enc + (b_dec - sae.b_dec) @ sae.W_enc)
 
 
-def weighted_sums(weights, sources, vectors, targets, n):
-    """out [n, width], where out[t] = sum of weights[e] * vectors[sources[e]] over the entries e with targets[e] = t."""
-    targets, order = targets.sort()
-    starts = torch.searchsorted(targets, torch.arange(n, device=targets.device))
-    return F.embedding_bag(sources[order], vectors, starts, mode="sum", per_sample_weights=weights[order])
+class Active(NamedTuple):
+    """Entries of acts [B, d_sae] that may be other than zero, each field [n]."""
+
+    acts: torch.Tensor
+    rows: torch.Tensor
+    latents: torch.Tensor
 
 
-def pick(sae, x, pre_acts, entries):
-    """The relu of pre_acts at the entries, their rows and their latents, each [n]. The values have the gradient that
-    pre_acts itself, computed without one, does not have."""
+def active_at(sae, x, pre_acts, entries):
+    """The relu of pre_acts at the entries [n], with the gradient that pre_acts itself lacks."""
     values = pre_acts.flatten()[entries].to(x.dtype)
-    values = Pick.apply(values, x, sae.encoder, sae.b_enc, sae.b_dec, entries)
-    return values.relu(), entries // sae.d_sae, entries % sae.d_sae
+    values = PreActsAt.apply(values, x, sae.encoder, sae.b_enc, sae.b_dec, entries)
+    return Active(values.relu(), entries // sae.d_sae, entries % sae.d_sae)
 
 
-class Pick(torch.autograd.Function):
-    """Values of ((x - b_dec) @ W_enc + b_enc).flatten()[entries] in, the same out; backward to encoder and biases."""
+class PreActsAt(torch.autograd.Function):
+    """((x - b_dec) @ W_enc + b_enc).flatten()[entries], whose values [n] are there already.
+
+    Forward hands them on; backward is that of the formula, for the encoder and the biases.
+    """
 
     @staticmethod
     def forward(ctx, values, x, encoder, b_enc, b_dec, entries):
@@ -537,47 +841,147 @@ class Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, encoder, b_dec, entries = ctx.saved_tensors
-        rows, latents = entries // len(encoder), entries % len(encoder)
-        of_encoder = weighted_sums(gradient, rows, x - b_dec, latents, len(encoder))
-        of_b_enc = torch.zeros_like(encoder[:, 0]).index_add_(0, latents, gradient)
-        return None, None, of_encoder, of_b_enc, -(encoder.T @ of_b_enc), None
+        d_sae = len(encoder)
+        rows, latents = entries // d_sae, entries % d_sae
+        encoder_gradient = weighted_sums(gradient, rows, x - b_dec, latents, d_sae)
+        b_enc_gradient = torch.zeros_like(encoder[:, 0]).index_add_(0, latents, gradient)
+        b_dec_gradient = -(encoder.T @ b_enc_gradient)
+        return None, None, encoder_gradient, b_enc_gradient, b_dec_gradient, None
+
+
+def decode_entries(sae, kept, B):
+    """SAE.decode_prefixes from the active entries: a list of reconstructions [B, d_in].
+
+    Each nested group makes sums of its own, B rows of them, and a prefix adds up the first groups.
+    """
+    ends = torch.tensor(sae.group_sizes, device=kept.latents.device).cumsum(0)
+    group = torch.searchsorted(ends, kept.latents, right=True)
+    n_sums = len(sae.group_sizes) * B
+    sums = weighted_sums(kept.acts, kept.latents, sae.W_dec, B * group + kept.rows, n_sums)
+    x_hat, prefixes = sae.b_dec, []
+    for part in sums.split(B):
+        x_hat = x_hat + part
+        prefixes.append(x_hat)
+    return prefixes
+
+
+def weighted_sums(weights, sources, vectors, targets, n):
+    """out [n, width] with out[t] = the sum of weights[e] * vectors[sources[e]] over targets[e] = t.
+
+    embedding_bag does this without a matrix of the vectors that it adds up.
+    """
+    targets, order = targets.sort()
+    starts = torch.searchsorted(targets, torch.arange(n, device=targets.device))
+    bags = F.embedding_bag(
+        sources[order], vectors, starts, mode="sum", per_sample_weights=weights[order]
+    )
+    return bags
+
+
+def largest_entries(rows, n):
+    """The entries of the n / R largest of each row of rows [R, width], as a tensor [n]."""
+    starts = torch.arange(0, rows.numel(), rows.shape[1], device=rows.device)
+    return (largest(rows, n // len(rows)) + starts[:, None]).flatten()
+
+
+def largest(x, k, fold=8):
+    """The indices of the k largest of each row of x [..., n], in no order, [..., k].
+
+    The same as x.topk(k).indices and several times faster: 30 ms of a step are left of 130. Fold
+    the row into n / 8 columns of 8. The k largest numbers lie in the k columns whose maxima are
+    largest. So a search among n / 8 numbers (which is folded again, while that pays) and one among
+    8 * k take the place of one among n.
+    """
+    n = x.shape[-1]
+    if n % fold or n < 4 * fold * k:
+        return x.topk(k, dim=-1, sorted=False).indices
+    columns = x.unflatten(-1, (fold, n // fold))  # [..., 8, n / 8]
+    best = largest(columns.amax(-2), k)  # [..., k], numbers of columns
+    inside = columns.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], fold, k)).flatten(-2)
+    winners = inside.topk(k, dim=-1, sorted=False).indices  # [..., k], of 8 * k
+    return winners // k * (n // fold) + best.gather(-1, winners % k)
+
+
+class Above(torch.autograd.Function):
+    """1 where pre_acts [B, d_sae] exceed the threshold [d_sae], and 0 elsewhere.
+
+    The derivative by the threshold is zero everywhere but at the jump, where there is none, so
+    nothing could be learned from it. In its place stands that of a ramp as wide as BANDWIDTH
+    (the straight-through estimator of arXiv:2407.14435, equations 11 and 12).
+    """
+
+    @staticmethod
+    def forward(ctx, pre_acts, threshold):
+        ctx.save_for_backward(pre_acts, threshold)
+        return (pre_acts > threshold).to(pre_acts.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pre_acts, threshold = ctx.saved_tensors
+        near = (pre_acts - threshold).abs() < BANDWIDTH / 2
+        return None, -(gradient * near / BANDWIDTH).sum(0)
+
+
+BANDWIDTH = 0.03  # in units of pre_acts, for inputs whose mean squared norm is 1
 
 
 def use_bfloat16(dtype, device):
-    """Whether matrix products run in bfloat16: where `dtype` says so, or is auto and the device has units for it."""
+    """Whether matrix products run in bfloat16: if asked for, or for "auto" where units exist."""
     if dtype == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "auto" and device.type == "cpu" and CPU.exists():
-        return bool(re.search("amx_bf16|avx512_bf16", CPU.read_text()))
+    if dtype == "auto" and device.type == "cpu" and CPU_INFO.exists():
+        return bool(re.search("amx_bf16|avx512_bf16", CPU_INFO.read_text()))
     return dtype == "bfloat16"
 
 
-CPU = Path("/proc/cpuinfo")  # where Linux lists the instructions that a processor has
+CPU_INFO = Path("/proc/cpuinfo")  # where Linux lists the instructions that a processor has
 
 
-# ---------------------------------------------------------------------------------------------------
+def tune_cpu():
+    """Two settings of the process that make training on a CPU faster."""
+    # Under Adam an L2 penalty takes a latent that never fires to zero, through denormal numbers, on
+    # which a CPU is several times slower. Threads that run already keep their own setting, so the
+    # scripts call this before anything else.
+    torch.set_flush_denormal(True)
+    # glibc hands a large block back to the system as soon as a tensor is freed, and the next step
+    # gets it again, page by page: up to a quarter of a TopK step. It shall keep what it has.
+    # Other systems have no mallopt.
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
+
+
+# --------------------------------------------------------------------------------------------------
 # Checkpoints and run folders
 
 
 def check_finite(trainer, loss=0.0):
     """Raise UserError where the loss or a weight is not a finite number."""
-    if not all(torch.as_tensor(number).isfinite().all() for number in (loss, *trainer.sae.parameters())):
-        raise UserError(f"the loss is not finite at step {trainer.step}: lower --lr or the weight of the penalty")
+    if not all(torch.as_tensor(n).isfinite().all() for n in (loss, *trainer.sae.parameters())):
+        way_out = "lower --lr or the weight of the penalty"
+        raise UserError(f"the loss is not finite at step {trainer.step}: {way_out}")
 
 
-def save_checkpoint(trainer, folder, stream_state=None):
+def save_checkpoint(trainer, folder, stream_state):
     """Write all that `resume` needs to go on as if nothing had happened."""
-    check_finite(trainer)  # resuming from weights that are not numbers would fail for ever
-    state = {"step": trainer.step, "metrics": trainer.metrics}
-    state |= {"sae": trainer.sae.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    state |= {"inputs_since_fired": trainer.inputs_since_fired, "stream": stream_state or {}}
+    check_finite(trainer)  # going on from weights that are not numbers would fail for ever
+    state = {
+        "step": trainer.step,
+        "metrics": trainer.metrics,
+        "sae": trainer.sae.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "inputs_since_fired": trainer.inputs_since_fired,
+        "any_dead": trainer.any_dead,
+        "stream": stream_state,
+    }
     with replacing(make_folder(folder) / "checkpoint.pt") as path:
         torch.save(state, path)
     write_metrics(trainer, folder)
 
 
 def resume(trainer, folder):
-    """Go on from the checkpoint in `folder`, if there is one; returns the state of the stream at that step, else {}.
+    """Go on from the checkpoint in `folder`, if there is one; returns the stream's state, else {}.
 
     Raises UserError where it cannot be read, or was written by code with other parameters.
     """
@@ -585,23 +989,78 @@ def resume(trainer, folder):
     if not path.exists():
         return {}
     try:
-        state = torch.load(path, map_location=trainer.device, weights_only=True)  # no code in it is ever run
-    except Exception as error:  # there are many ways to be damaged
-        raise UserError(f"{path} is damaged ({first_line(error)}): move it away to start over") from None
+        # weights_only: no code that a file may hold is ever run.
+        state = torch.load(path, map_location=trainer.device, weights_only=True)
+    except Exception as error:
+        reason = f"damaged ({first_line(error)})"
+        raise UserError(f"{path} is {reason}: move it away to start over") from None
     try:
         trainer.sae.load_state_dict(state["sae"])
         trainer.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in trainer.optimizer.state.items():
-            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
-                raise ValueError("moments of other shapes")
+        for parameter, moments in trainer.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError("moments of other shapes")
         trainer.inputs_since_fired.copy_(state["inputs_since_fired"])
-        trainer.step, trainer.metrics = int(state["step"]), [row | {"step": row["step"]} for row in state["metrics"]]
-        return state["stream"]
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())  # which parameters are missing or too many, where that is the reason
-        raise UserError(
-            f"{path} does not fit this code ({said}): give another --out, or go back to that code"
-        ) from None
+        trainer.any_dead = bool(state["any_dead"])
+        trainer.step = int(state["step"])
+        trainer.metrics = [dict(row) for row in state["metrics"]]
+        return dict(state["stream"])
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        # Which parameters are missing or too many, where that is the reason.
+        reason = " ".join(str(e).split())
+        way_out = "give another --out, or go back to the code that wrote it"
+        raise UserError(f"{path} does not fit this code ({reason}): {way_out}") from None
+
+
+def finished_sae(trainer, scale):
+    """A copy of the trained SAE for inputs as they are, where training saw x / scale.
+
+    (x / scale - b) @ W + c = ((x - scale * b) @ W + scale * c) / scale, and activations may be
+    larger by that factor as well, so it is enough to multiply biases and thresholds.
+    """
+    sae = SAE(trainer.sae.d_in, trainer.sae.d_sae, trainer.sae.arch, trainer.sae.k)
+    sae.load_state_dict(trainer.sae.state_dict())
+    scaled = [sae.b_enc, sae.b_dec]
+    for tensor in ARCHS[sae.arch].tensors:
+        if tensor.scales_with_x:
+            scaled.append(getattr(sae, tensor.name))
+    for tensor in scaled:
+        tensor.data *= scale
+    return sae.eval().requires_grad_(False)
+
+
+def save_run(trainer, folder, source, x):
+    """Write the trained SAE, read it back, and return it, for inputs as they are.
+
+    What was read back must agree with the SAE in memory on x [B, d_in], the last training batch.
+    Only then does hparams.json call the run complete, and only then does the checkpoint go. Raises
+    UserError.
+    """
+    check_finite(trainer)
+    sae = finished_sae(trainer, source.scale)
+    settings = {name: getattr(trainer.hp, name) for name in (*PENALTIES, "seed", "data_seed")}
+    sae.save(folder, {**source.metadata, **settings})
+    check_written(sae, folder, x.cpu() * source.scale)
+    write_metrics(trainer, folder)
+    write_hparams(trainer, folder, complete=True)
+    for pattern in ("checkpoint.pt", "*.tmp"):  # the latter are halves of files that a kill left
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
+    return sae
+
+
+@torch.no_grad()
+def check_written(sae, folder, x):
+    """Raise UserError unless the SAE in `folder` does to x [B, d_in] what `sae` does."""
+    written = SAE.load(folder)
+    acts, written_acts = sae.encode(x), written.encode(x)
+    pairs = ((acts, written_acts), (sae.decode(acts), written.decode(written_acts)))
+    for ours, theirs in pairs:
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * ours.abs().max().item()):
+            reason = "what was written does not do what the trained SAE does"
+            way_out = "see the names of its tensors in ARCHS; the checkpoint is kept"
+            raise UserError(f"{folder}: {reason}: {way_out}")
 
 
 def write_metrics(trainer, folder):
@@ -609,171 +1068,287 @@ def write_metrics(trainer, folder):
         path.write_text("".join(json.dumps(row) + "\n" for row in trainer.metrics))
 
 
-def save_run(trainer, folder, metadata, scale=1.0):
-    """Write the trained SAE. The run counts as complete once hparams.json says so, which comes last.
-
-    It was trained on x / scale; the SAE that is saved takes x.
-    """
-    check_finite(trainer)
-    with torch.no_grad():
-        for shift in (trainer.sae.b_enc, trainer.sae.b_dec, trainer.sae.threshold):
-            shift *= scale
-    settings = {name: getattr(trainer.hp, name) for name in (*PENALTIES, "seed", "data_seed")}
-    trainer.sae.save(folder, settings | metadata)
-    write_metrics(trainer, folder)
-    write_hparams(trainer, folder, complete=True)
-    for path in Path(folder).glob("checkpoint.pt*"):  # with halves that a kill left
-        path.unlink(missing_ok=True)
-
-
 def write_hparams(trainer, folder, complete=False):
     """hparams.json: the settings, whether training is complete, and what it ran on."""
-    git, commit = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"], None
+    here = str(Path(__file__).resolve().parent)
+    commit = None
     with suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    ran_on = {"python": platform.python_version(), "torch": torch.__version__, "git_commit": commit}
-    ran_on |= {"matrix_products": "bfloat16" if trainer.bfloat16 else "float32", "threads": torch.get_num_threads()}
-    content = {"hparams": asdict(trainer.hp), "complete": complete, "ran_on": ran_on}
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
+        found = subprocess.run(git, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or None
+    settings = asdict(trainer.hp)
+    changed = [one.name for one in fields(Hparams) if settings[one.name] != one.default]
+    ran_on = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "git_commit": commit,
+        "matrix_products": "bfloat16" if trainer.bfloat16 else "float32",
+        "threads": torch.get_num_threads(),
+    }
+    content = {
+        "hparams": settings,
+        "not_default": changed,
+        "complete": complete,
+        "ran_on": ran_on,
+    }
     write_json(make_folder(folder) / "hparams.json", content)
 
 
 def read_hparams(folder):
-    """The settings in a run folder's hparams.json, a dict. Raises UserError.
+    """The settings in the hparams.json of a run folder, a dict. Raises UserError.
 
-    A setting that the file lacks has its default, so that a fork with a new one keeps its finished runs.
+    A setting that the file lacks has its default, so that a fork with a new one keeps its finished
+    runs. One that this code lacks must have had its default, or else the run is not what it seems.
     """
-    hparams = read_json(Path(folder) / "hparams.json").get("hparams")
-    if not isinstance(hparams, dict):
-        raise UserError(f"{folder}/hparams.json: has no settings in it; move that folder away")
-    for old, form, new in (("l1", "mean", "l1_mean"), ("l2", "norms", "l2_norm")):  # as named in older runs
-        if hparams.pop(f"{old}_form", "") == form:
-            hparams |= {new: hparams.get(old, 0.0), old: 0.0}
-    for known in fields(Hparams):
-        kinds = (float, int) if known.type is float else known.type
-        if not isinstance(hparams.setdefault(known.name, known.default), kinds):
-            raise UserError(f"{folder}/hparams.json: {known.name} is no {known.type.__name__}; move that folder away")
-    return hparams
+    path = Path(folder) / "hparams.json"
+    content = read_json(path)
+    found = content.get("hparams")
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: has no settings in it; move that folder away")
+    settings = {}
+    for one in fields(Hparams):
+        value = found.get(one.name, one.default)
+        kinds = (float, int) if one.type is float else one.type
+        if not isinstance(value, kinds):
+            raise UserError(f"{path}: {one.name} is no {one.type.__name__}; move it away")
+        settings[one.name] = value
+    for name in found.keys() - settings.keys():
+        # Files of before have no list of what was changed; there, what is not "off" counts.
+        changed = content.get("not_default", [name] if found[name] else [])
+        if name in changed:
+            way_out = "read it with the code that wrote it"
+            raise UserError(f"{path}: {name} {found[name]} is unknown here: {way_out}")
+    return settings
 
 
 def is_complete(folder, hp):
-    """Whether `folder` holds the finished run of hp. Raises UserError where it holds another one."""
+    """Whether `folder` holds the finished run of hp. Raises UserError where it holds another."""
     path = Path(folder) / "hparams.json"
     if not path.exists():
         return False
     found, wanted = read_hparams(folder), asdict(hp)
-    changed = [name for name in wanted if name != "length" and found[name] != wanted[name]]
-    if changed:
-        said = ", ".join(f"{flag(name)} {found[name]} instead of {wanted[name]}" for name in changed)
-        raise UserError(f"{folder} holds a run with {said}: give another --out")
-    return bool(read_json(path).get("complete")) and (Path(folder) / "sae_weights.safetensors").exists()
+    for name, value in wanted.items():
+        if name != "length" and found[name] != value:
+            differs = f"{flag(name)} {found[name]} instead of {value}"
+            raise UserError(f"{folder} holds a run with {differs}: give another --out")
+    return bool(read_json(path).get("complete")) and (path.parent / WEIGHTS).exists()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Files of others: SAELens' format, which is ours too, and dictionary_learning's
+# --------------------------------------------------------------------------------------------------
+# Formats: SAELens', which is ours too, dictionary_learning's and sparsify's
+
+WEIGHTS = "sae_weights.safetensors"
 
 
 def write_saelens(sae, folder, metadata):
     """cfg.json and sae_weights.safetensors, as SAELens' SAE.load_from_disk takes them."""
-    folder, architecture = make_folder(folder), ARCHS[sae.arch].saelens
-    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
-    tensors = {name: getattr(sae, name).detach().float().cpu().contiguous() for name in names}
-    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
-    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-    # SAELens drops all metadata of a file that does not claim to be of its version 6; its users unpack the keywords
-    about = {"sae_lens_version": "6.0.0", "arch": sae.arch, "k": sae.k, "model_from_pretrained_kwargs": {}}
-    cfg["metadata"] = about | metadata
-    if architecture == "topk":
-        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    with replacing(folder / "sae_weights.safetensors") as path:
+    folder, arch = make_folder(folder), ARCHS[sae.arch]
+    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    for tensor in arch.tensors:
+        tensors[tensor.saelens_name] = getattr(sae, tensor.name)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.detach().float().cpu().contiguous()
+    origin = {
+        # SAELens drops all metadata of a file that does not claim to be of its version 6, and
+        # names its own version as that of the training unless there is one.
+        "sae_lens_version": "6.0.0",
+        "sae_lens_training_version": None,
+        "model_from_pretrained_kwargs": {},
+        "arch": sae.arch,
+    }
+    cfg = {
+        "architecture": arch.saelens,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if applies("k", sae.arch):
+        origin["k"] = sae.k
+    if arch.saelens == "topk":
+        cfg["k"] = sae.k
+        cfg["rescale_acts_by_decoder_norm"] = False
+    cfg["metadata"] = {**origin, **metadata}
+    with replacing(folder / WEIGHTS) as path:
         save_file(tensors, path)
     write_json(folder / "cfg.json", cfg)
 
 
-def load_sae(folder):
-    """Read an SAE from `folder`, in eval mode, float32, on the CPU; `.metadata` is all that the file says about it.
+class Found(NamedTuple):
+    """An SAE as a reader found it, in our terms."""
 
-    Takes SAELens' layout (cfg.json, sae_weights.safetensors; architectures standard, topk, jumprelu), and that
-    of dictionary_learning (config.json, ae.pt). Whatever such a file may scale or shift is folded into the
-    weights, so `encode` and `decode` give what the library of its origin gives. Raises UserError.
+    arch: str
+    k: int
+    tensors: dict  # W_enc, b_enc, W_dec, b_dec, and the architecture's own by their SAELens name
+    metadata: dict  # all that the file says
+
+
+def load_sae(folder):
+    """Read an SAE, in eval mode, float32, on the CPU. `.metadata` is what the file says about it.
+
+    Takes the folders of SAELens (cfg.json and sae_weights.safetensors; standard, topk, jumprelu and
+    gated), of dictionary_learning (config.json and ae.pt) and of sparsify (cfg.json and
+    sae.safetensors). Whatever such a file scales or shifts is folded into the weights, so that
+    encode and decode give what the library of its origin gives. Raises UserError.
     """
     folder = Path(folder)
     try:
-        if (folder / "cfg.json").exists():
-            arch, k, weights, cfg = read_saelens(folder)
+        if (folder / WEIGHTS).exists():
+            found = read_saelens(folder)
+        elif (folder / "sae.safetensors").exists():
+            found = read_sparsify(folder)
         elif (folder / "ae.pt").exists():
-            arch, k, weights, cfg = read_dictionary_learning(folder)
+            found = read_dictionary_learning(folder)
         else:
-            hint = "; its training is unfinished" if (folder / "checkpoint.pt").exists() else ""
-            raise UserError(f"{folder}: no SAE here (neither cfg.json and sae_weights.safetensors, nor ae.pt){hint}")
-        W_enc, b_enc, W_dec, b_dec = (weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
-        if cfg.get("rescale_acts_by_decoder_norm"):  # latents compete by their effect on x_hat
-            norm = W_dec.norm(dim=1)
-            W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm.clamp(min=1e-12)[:, None]
-        if not cfg.get("apply_b_dec_to_input", True):
-            b_enc = b_enc + b_dec @ W_enc
-        if cfg.get("finetuning_scaling_factor"):  # of acts, in decoding alone
-            factor = weights["scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"]
-            W_dec = W_dec * factor.float()[:, None]
-        d_in, d_sae = W_enc.shape
+            unfinished = (folder / "checkpoint.pt").exists()
+            hint = "; its training is unfinished" if unfinished else ""
+            raise UserError(f"{folder}: no SAE here ({WEIGHTS}, sae.safetensors or ae.pt){hint}")
+        tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
+        d_in, d_sae = tensors["W_enc"].shape
         if 0 in (d_in, d_sae):
             raise UserError(f"{folder}: an SAE of no features")
-        if ARCHS[arch].saelens == "topk" and not 1 <= k <= d_sae:
-            raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {k}")
-        sae = SAE(d_in, d_sae, arch, k)
-        tensors = {"encoder": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": torch.zeros(d_sae)}
-        if ARCHS[arch].saelens == "jumprelu":
-            tensors["threshold"] = weights["threshold"].float().clamp(min=0).expand(d_sae)
-        if not all(tensor.norm().isfinite() for tensor in tensors.values()):
+        if ARCHS[found.arch].saelens == "topk" and not 1 <= found.k <= d_sae:
+            raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {found.k}")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"{folder}: its weights are not finite numbers")
-        sae.load_state_dict(tensors)
+        sae = SAE(d_in, d_sae, found.arch, found.k)
+        tensors["encoder"] = tensors.pop("W_enc").T
+        for tensor in ARCHS[found.arch].tensors:
+            tensors[tensor.name] = tensors.pop(tensor.saelens_name).expand(d_sae)
+        sae.load_state_dict(tensors)  # raises where a tensor is missing, too many, or misshapen
     except UserError:
         raise
-    except Exception as error:  # there are many ways to be damaged, and to hold more than tensors
-        raise UserError(f"{folder}: not a whole SAE ({type(error).__name__}: {first_line(error)})") from None
-    sae.metadata = cfg
+    except Exception as error:  # of as many kinds as there are ways to damage a file
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder}: not a whole SAE ({reason})") from None
+    sae.metadata = found.metadata
     return sae.eval()
 
 
 def read_saelens(folder):
     cfg = read_json(folder / "cfg.json")
     metadata = dict(cfg.pop("metadata", None) or {})
+    tensors = load_file(folder / WEIGHTS)
+    # Files of before version 6 name a "standard" architecture and its activation function.
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     architecture = cfg.get("architecture") or "standard"
-    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"  # before SAELens 6
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
-    arch = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(architecture)
-    k = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k") or metadata.get("k") or 0
-    if arch is None or activation not in ("relu", "topk"):
+    readable = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "jumprelu"}
+    if architecture not in readable or activation not in ("relu", "topk"):
         raise UserError(f"{folder}: architecture {architecture} with {activation} is not supported")
     normalize = cfg.get("normalize_activations") or "none"
     if normalize not in ("none", "expected_average_only_in"):
-        raise UserError(f"{folder}: normalize_activations {normalize} depends on the input, so it cannot be folded")
-    weights = load_file(folder / "sae_weights.safetensors")
-    mine = ARCHS.get(metadata.get("arch"))  # which of those that SAELens gives one name
-    return metadata["arch"] if mine and mine.saelens == architecture else arch, int(k), weights, cfg | metadata
+        reason = "depends on the input, so it cannot be folded into the weights"
+        raise UserError(f"{folder}: normalize_activations {normalize} {reason}")
+    if architecture == "gated":
+        ungate(tensors)
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        move_decoder_norms(tensors)
+    if not cfg.get("apply_b_dec_to_input", True):
+        undo_centring(tensors)
+    if cfg.get("finetuning_scaling_factor"):  # of activations, in decoding alone
+        named = "scaling_factor" if "scaling_factor" in tensors else "finetuning_scaling_factor"
+        tensors["W_dec"] = tensors["W_dec"] * tensors.pop(named)[:, None]
+    # SAELens has one name for what we train as several architectures.
+    arch = readable[architecture]
+    ours = metadata.get("arch")
+    if ours in ARCHS and ARCHS[ours].saelens == architecture:
+        arch = ours
+    old_arguments = cfg.get("activation_fn_kwargs") or {}
+    k = cfg.get("k") or old_arguments.get("k") or metadata.get("k") or 0
+    return Found(arch, int(k), tensors, {**metadata, **cfg})
 
 
 def read_dictionary_learning(folder):
     config = read_json(folder / "config.json")
     trainer = config.pop("trainer")
     kind = trainer.get("dict_class")
-    archs = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk"}
-    archs |= {"MatryoshkaBatchTopKSAE": "matryoshka", "JumpReluAutoEncoder": "jumprelu"}
-    if kind not in archs:
-        raise UserError(f"{folder}: dict_class {kind} is none of {', '.join(archs)}")
-    # weights_only: a pickle may hold code, and this file may come from anyone
+    readable = {
+        "AutoEncoder": "relu",
+        "AutoEncoderNew": "relu",
+        "AutoEncoderTopK": "topk",
+        "BatchTopKSAE": "batchtopk",
+        "MatryoshkaBatchTopKSAE": "matryoshka",
+        "JumpReluAutoEncoder": "jumprelu",
+        "GatedAutoEncoder": "jumprelu",
+    }
+    if kind not in readable:
+        raise UserError(f"{folder}: dict_class {kind} is none of {', '.join(readable)}")
+    arch = readable[kind]
+    # weights_only: a pickle may hold code, and this file may come from anyone.
     state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
-    if "encoder.weight" in state:  # nn.Linear keeps the transpose
-        b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
-        state |= {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
-        state |= {"b_enc": state["encoder.bias"], "b_dec": state[b_dec]}
-    # AutoEncoder's loader moves the decoder's norms to the encoder; the two others do not centre their input
-    folded = {"rescale_acts_by_decoder_norm": kind == "AutoEncoder"}
-    folded["apply_b_dec_to_input"] = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
-    return archs[kind], int(state.get("k", 0)), state, config | trainer | folded
+    names = {
+        "encoder.weight": "W_enc",
+        "decoder.weight": "W_dec",
+        "encoder.bias": "b_enc",
+        "bias": "b_dec",
+        "decoder.bias": "b_dec",
+        "decoder_bias": "b_dec",
+        "gate_bias": "b_gate",
+        "mag_bias": "b_mag",
+    }
+    tensors = {}
+    for name, tensor in state.items():
+        transposed = name in ("encoder.weight", "decoder.weight")  # as nn.Linear keeps them
+        tensors[names.get(name, name)] = tensor.T if transposed else tensor
+    k = int(tensors.pop("k", trainer.get("k") or 0))
+    if kind == "GatedAutoEncoder":
+        ungate(tensors)
+    if kind == "AutoEncoder":  # its loader moves the norms of decoder rows to the encoder
+        move_decoder_norms(tensors)
+    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+        undo_centring(tensors)
+    own = {tensor.saelens_name for tensor in ARCHS[arch].tensors}
+    tensors = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", *own)}
+    origin = {"model_name": trainer.get("lm_name")}
+    if str(trainer.get("submodule_name")).startswith("resid_post"):
+        origin["hook_name"] = f"blocks.{trainer.get('layer')}.hook_resid_post"
+    return Found(arch, k, tensors, {**config, **trainer, **origin})
 
 
-# ---------------------------------------------------------------------------------------------------
+def read_sparsify(folder):
+    cfg = read_json(folder / "cfg.json")
+    if cfg.get("transcode") or cfg.get("skip_connection"):
+        raise UserError(f"{folder}: a transcoder, not an SAE")
+    if cfg.get("activation", "topk") != "topk":
+        raise UserError(f"{folder}: activation {cfg['activation']} is not supported")
+    tensors = load_file(folder / "sae.safetensors")
+    tensors["W_enc"] = tensors.pop("encoder.weight").T
+    tensors["b_enc"] = tensors.pop("encoder.bias")
+    return Found("topk", int(cfg["k"]), tensors, cfg)
+
+
+def ungate(tensors):
+    """Make a Gated SAE (Rajamanoharan et al. 2024, arXiv:2404.16014) the JumpReLU that it equals.
+
+    A latent is on where x @ W + b_gate > 0, and then has the value e^r * (x @ W) + b_mag if that is
+    positive. With pre_acts = e^r * (x @ W) + b_mag, it is on where pre_acts > b_mag - e^r * b_gate.
+    """
+    factor = tensors.pop("r_mag").exp()
+    b_mag = tensors.pop("b_mag")
+    tensors["W_enc"] = tensors["W_enc"] * factor
+    tensors["b_enc"] = b_mag
+    tensors["threshold"] = b_mag - factor * tensors.pop("b_gate")
+
+
+def move_decoder_norms(tensors):
+    """Decoder rows of norm 1, and latents that compete by their effect on x_hat."""
+    norm = tensors["W_dec"].norm(dim=1)
+    tensors["W_enc"] = tensors["W_enc"] * norm
+    tensors["b_enc"] = tensors["b_enc"] * norm
+    tensors["W_dec"] = tensors["W_dec"] / norm.clamp(min=1e-12)[:, None]
+
+
+def undo_centring(tensors):
+    """Make an encoder that reads x one that reads x - b_dec, as ours do."""
+    tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+
+
+# --------------------------------------------------------------------------------------------------
 # Command lines
 
 
@@ -782,91 +1357,162 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def spell(name, value, joint="-"):
+    """A setting as folders name it, "l2-1e-05", and with the joint " " as labels do, "l2 1e-05"."""
+    words = flag(name)[2:]
+    if name == "arch":
+        return value
+    if name == "k":
+        return f"k{value}"
+    if isinstance(value, bool):
+        return words if value else f"{words}{joint}off"
+    if isinstance(value, float):
+        value = f"{value:.12g}"
+    return f"{words}{joint}{value}"
+
+
 def at_least(low, number=int, high=2**63 - 1):
     """An argparse type: a number from `low` to `high`."""
 
     def convert(text):
         if not low <= number(text) <= high:
-            more = "or more" if high == 2**63 - 1 else f"to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: give {low} {more}")
+            bounds = f"{low} or more" if high == 2**63 - 1 else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give {bounds}")
         return number(text)
 
     convert.__name__ = number.__name__  # for argparse's messages
     return convert
 
 
+def on_or_off(text):
+    """An argparse type: a switch."""
+    values = {"on": True, "off": False}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"{text}: give on or off")
+    return values[text]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one line instead of a page where a command line is wrong (exit status 2)."""
 
     def __init__(self, **others):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **others)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **others)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.splitlines())} (--help lists the flags)\n")
 
     def add_settings(self, leave_out, **defaults):
-        """A flag for every setting of Hparams but those of leave_out; `defaults` are a script's own."""
+        """A flag for every setting of Hparams that is not in `leave_out`, in groups.
 
-        def on_or_off(text):
-            return ("off", "on").index(text) == 1
-
-        for known in [known for known in fields(Hparams) if known.name not in leave_out]:
-            name, about, several = known.name, known.metadata, "*" if known.type is bool else "+"
-            default = defaults.get(name, known.default)
-            shown = {True: "on", False: "off"}[default] if known.type is bool else default
-            options = {"metavar": name.upper(), "type": on_or_off if known.type is bool else known.type}
-            options |= {"default": default} if about["stream"] else {"default": [default], "nargs": several}
-            choices = "".join(f", {name}" for name in about["choices"]())
-            self.add_argument(flag(name), help=f"{about['help']}{choices} (default {shown})", **options)
+        `defaults` are a script's own. A setting that may be swept takes a list of values.
+        """
+        groups = {}
+        for one in fields(Hparams):
+            if one.name in leave_out:
+                continue
+            limits = one.metadata
+            if limits["group"] not in groups:
+                groups[limits["group"]] = self.add_argument_group(limits["group"])
+            default = defaults.get(one.name, one.default)
+            shown, metavar, convert, count = default, one.type.__name__.upper(), one.type, "+"
+            if one.type is bool:  # a switch by itself is on
+                shown, metavar, convert, count = (
+                    "on" if default else "off",
+                    "on|off",
+                    on_or_off,
+                    "*",
+                )
+            text = limits["help"]
+            if limits["choices"]:
+                text += ": " + ", ".join(limits["choices"])
+            options = {"help": f"{text} (default {shown})", "metavar": metavar, "type": convert}
+            if not limits["stream"]:
+                default, options["nargs"] = [default], count
+            groups[limits["group"]].add_argument(flag(one.name), default=default, **options)
 
 
 def sweep(parser, args, complete):
-    """The SAEs of a command line, the product of its lists: {name of the run: Hparams}. `complete` makes of a dict of
-    settings and the arguments those that follow from them. What cannot work ends the program as argparse does."""
+    """The SAEs of a command line, the product of its lists: {name of the run: Hparams}.
 
-    def listed(args):
-        values = {known.name: getattr(args, known.name) for known in fields(Hparams) if hasattr(args, known.name)}
-        return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-
-    usual_args, runs = parser.parse_args([]), {}
-    usual = {name: values[0] for name, values in listed(usual_args).items()}
-    for values in itertools.product(*(values or [True] for values in listed(args).values())):  # a bare switch is on
-        given = dict(zip(usual, values))
+    `complete` takes a dict of settings and the arguments, and gives those settings that follow from
+    them. What cannot work ends the program as argparse does.
+    """
+    default_args = parser.parse_args([])
+    defaults = {name: values[0] for name, values in lists_of_settings(default_args).items()}
+    lists = lists_of_settings(args)
+    runs = {}
+    for values in itertools.product(*lists.values()):
+        settings = dict(zip(lists, values))
         try:
-            hp = Hparams(**given | complete(given, args))
-            plain = Hparams(**usual | {"arch": hp.arch} | complete(usual, usual_args))
+            hp = Hparams(**{**settings, **complete(settings, args)})
+            # The run of the same architecture with all flags left alone.
+            at_rest = {**defaults, "arch": hp.arch}
+            plain = Hparams(**{**at_rest, **complete(at_rest, default_args)})
         except UserError as error:
             parser.error(str(error))
-        runs[run_name(hp, plain, usual)] = hp
+        runs[run_name(hp, plain, lists)] = hp
     return runs
 
 
+def lists_of_settings(args):
+    """{name of a setting: the list of values that a command line gives it}."""
+    lists = {}
+    for one in fields(Hparams):
+        if hasattr(args, one.name):
+            value = getattr(args, one.name)
+            if not isinstance(value, list):
+                value = [value]
+            lists[one.name] = value or [True]  # a switch without a word is on
+    return lists
+
+
 def run_name(hp, plain, names):
-    """`topk_k40_l2-0.0001_seed0`: architecture, k, l2 and seed, and those of `names` in which hp and `plain` differ,
-    except for where the data come from; then how long it is trained, if that differs."""
-    parts = [hp.arch, *[f"k{hp.k}"] * ("k" in ARCHS[hp.arch].settings), f"l2-{hp.l2:.12g}"]
-    always = ("arch", "k", "l2", "seed", "data", "model", "context")
-    for name in [name for name in names if name not in always and getattr(hp, name) != getattr(plain, name)]:
+    """The name of a run, such as topk_k40_l2-0.0001_seed0.
+
+    Architecture, k, l2 and seed are in every name; of the other `names` those in which hp and
+    `plain` differ. Where the data come from is not in it.
+    """
+    parts = [hp.arch]
+    if applies("k", hp.arch):
+        parts.append(spell("k", hp.k))
+    parts.append(spell("l2", hp.l2))
+    for name in names:
+        if name in ("arch", "k", "l2", "seed", "data", "model", "context"):
+            continue
         value = getattr(hp, name)
-        text = f"-{value:.12g}" if isinstance(value, float) else f"-{value}"
-        parts.append(flag(name)[2:] + {"-True": "", "-False": "-off"}.get(text, text))
-    return "_".join([*parts, *[hp.length.replace(" ", "-")] * (hp.length != plain.length), f"seed{hp.seed}"])
+        if value != getattr(plain, name):
+            parts.append(spell(name, value))
+    if hp.length != plain.length:
+        parts.append(hp.length.replace(" ", "-"))
+    parts.append(f"seed{hp.seed}")
+    return "_".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files that appear whole, devices, one-line errors
+
+
+class UserError(Exception):
+    """What the user can mend, told in one line: flag or file, what is wrong, the way out."""
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path that becomes `path` at the end, so that nobody ever sees half a file."""
+    """Yield a temporary path that becomes `path` at the end, so nobody ever sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write into one folder
+    # With the number of the process, since two of them may write into one folder.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path} ({first_line(error)}): make room, then run the same command") from None
+        way_out = "make room, then run the same command"
+        raise UserError(f"cannot write {path} ({first_line(error)}): {way_out}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -877,14 +1523,15 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON object in a file. Raises UserError."""
+    """The JSON object in a file, a dict. Raises UserError."""
     try:
         value = json.loads(Path(path).read_text())
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}): move it away") from None
+        reason = first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}): move it away") from None
 
 
 def make_folder(folder):
@@ -895,12 +1542,16 @@ def make_folder(folder):
         if not os.access(folder, os.W_OK):
             raise PermissionError(None, "no permission to write")
     except OSError as error:
-        raise UserError(f"nothing can be written in {folder} ({error.strerror}): give another folder") from None
+        reason = f"nothing can be written in {folder} ({error.strerror})"
+        raise UserError(f"{reason}: give another folder") from None
     return folder
 
 
 def pick_device(name):
-    """The torch device of --device: "auto" is CUDA where there is one, else the CPU. Raises UserError."""
+    """The torch device of --device: "auto" is CUDA where there is one, else the CPU.
+
+    Raises UserError where it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -908,43 +1559,24 @@ def pick_device(name):
         probe.cpu()
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
-
-
-class UserError(Exception):
-    """What the user can mend, told in one line: flag or file, what is wrong, the way out. Exit status 1."""
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def tune_cpu():
-    """Two settings of the process that make training on a CPU faster; to be called before anything else."""
-    # Under Adam an L2 penalty takes a latent that never fires to zero, through denormal numbers, on which a CPU
-    # is several times slower. Set before the first parallel operation, so that every thread has it.
-    torch.set_flush_denormal(True)
-    # glibc hands a large block back to the system as soon as a tensor is freed, and the next step gets it again,
-    # page by page: up to a quarter of a TopK step. It shall keep what it has. (Other systems have no mallopt.)
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
+        reason = f"not usable here ({first_line(error)})"
+        raise UserError(f"--device {name}: {reason}; try --device cpu") from None
 
 
 def run_command(main):
-    """Run a script's main; an error that the user can act on ends with one line and exit status 1."""
+    """Run a script's main. What the user can mend ends with one line and exit status 1."""
     tune_cpu()
     try:
         main()
         return
     except (UserError, OSError) as error:
-        said = f"error: {error}"
+        message = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        said = f"error: out of memory ({first_line(error)}): lower --batch-size, --d-sae or the number of SAEs"
+        way_out = "lower --batch-size, --d-sae or the number of SAEs"
+        message = f"error: out of memory ({first_line(error)}): {way_out}"
     except KeyboardInterrupt:
-        said = "interrupted: the same command goes on from its last checkpoint, and with what is finished"
-    print(" ".join(said.splitlines()), file=sys.stderr)
+        message = "interrupted: the same command goes on from its last checkpoint"
+    print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(1)
