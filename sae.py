@@ -348,6 +348,8 @@ def auxiliary_loss(revived, residual, dead):
 
 
 class Loss(NamedTuple):
+    """The training loss and its two main parts, before their weights are lost in the sum."""
+
     total: torch.Tensor  # what is minimised, a scalar as the next two
     recon: torch.Tensor  # the reconstruction error, averaged over the nested prefixes
     penalty: torch.Tensor  # the paper's penalty on the weights
@@ -361,6 +363,7 @@ def total_loss(sae, hp, x, k, dead=None, dense=False):
     the forward pass is dense_pass; else it is fast_pass (below the banner), which gives the same.
     """
     forward = dense_pass(sae, x, k, dead) if dense else fast_pass(sae, x, k, dead)
+    # One error for every architecture but Matryoshka, which averages those of its prefixes.
     errors = [squared_error(x_hat, x, hp.reduction) for x_hat in forward.prefixes]
     recon = sum(errors) / len(errors)
     penalty = weight_penalty(sae, hp)
@@ -491,13 +494,18 @@ class Trainer:
         """
         hp, sae = self.hp, self.sae
         if self.step == 0 and hp.biases:
-            # On the CPU, so that every device starts from the same numbers.
+            # An SAE explains deviations from b_dec, so it starts in the middle of the data. This is
+            # computed on the CPU, so that every device starts from the same numbers.
             sae.b_dec.data.copy_(geometric_median(x.cpu()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(hp, self.step)
+
+        # The loss. Weights stay in float32, while products may be of bfloat16 numbers.
         dead = self.inputs_since_fired >= hp.dead_after if self.any_dead else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
+
+        # The update. The penalty's gradient is in it, and is clipped and scaled by Adam with it.
         loss.total.backward()
         if hp.unit_norm:
             self.project_decoder_gradient()
@@ -508,6 +516,7 @@ class Trainer:
         if hp.unit_norm:
             sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
+        # What must be counted: latents that stay silent, and the threshold for inference.
         self.inputs_since_fired += len(x)
         self.inputs_since_fired.masked_fill_(loss.forward.fired > 0, 0)
         if applies("threshold_beta", hp.arch):
@@ -563,7 +572,11 @@ class Trainer:
 
 @torch.no_grad()
 def initialise(sae, hp):
-    """Draw the weights from hp.seed, on the CPU, so that every device starts alike."""
+    """Draw the weights from hp.seed, on the CPU, so that every device starts alike.
+
+    Tied, a feature starts by reading what it writes: its encoder column is its decoder row. This
+    holds for the first step only, after which both are free.
+    """
     generator = torch.Generator().manual_seed(hp.seed)
 
     def kaiming_uniform(fan_in, fan_out):
@@ -599,7 +612,10 @@ def learning_rate(hp, step):
 
 
 def annealed_k(hp, step):
-    """k at this step: from d_in down to hp.k over the first hp.k_anneal of the steps."""
+    """k at this step: from d_in down to hp.k over the first hp.k_anneal of the steps.
+
+    With all latents in play at first, hardly any of them stays silent for ever.
+    """
     share = min(1.0, step / (hp.steps * hp.k_anneal)) if hp.k_anneal else 1.0
     return int(hp.k + (1 - share) * max(0, min(hp.d_in, hp.d_sae) - hp.k))
 
@@ -618,9 +634,7 @@ def annealed_k(hp, step):
 #   held_out()                batches [B, d_in] of x itself that no training sees, maybe none
 #   metadata                  what the SAE's file is to say about its origin, a dict
 
-CHECKPOINT_SECONDS = (
-    30  # between checkpoints, or longer where writing one takes over a second or so
-)
+CHECKPOINT_SECONDS = 30  # between checkpoints, longer where writing one takes more than a second
 HELD_OUT_BATCHES = 4  # on which a trained SAE is measured for the line that is printed about it
 
 
@@ -690,7 +704,8 @@ def train(runs, source, device="auto"):
     states = {folder: resume(trainer, folder) for folder, trainer in trainers.items()}
     for folder, trainer in trainers.items():
         write_hparams(trainer, folder)
-    # The stream starts at the step of the one that is furthest behind; others wait for it there.
+    # The language model is far more expensive than one SAE, so all of them share the stream. It
+    # starts at the step of the one that is furthest behind, and the others wait for it there.
     behind = min(trainers, key=lambda folder: trainers[folder].step)
     step = trainers[behind].step
     batches = source.batches(runs[behind], step, states[behind])
@@ -702,7 +717,7 @@ def train(runs, source, device="auto"):
             x = next(batches).to(device)
             for folder, trainer in list(trainers.items()):
                 if trainer.step > step:
-                    continue
+                    continue  # its checkpoint is of a later step
                 if step < trainer.hp.steps:
                     trainer.train_step(x)
                 if trainer.step >= trainer.hp.steps:
@@ -760,9 +775,7 @@ def prepare(hparams, source, device):
             raise UserError(f"--d-in {hp.d_in}: the activations have the width {source.d_in}")
     if any(hp.warmup > hp.steps / 5 for hp in hparams):
         shortest = min(hp.steps for hp in hparams)
-        print(
-            f"note: warm-up takes over a fifth of {shortest} steps: lower --warmup, or train longer"
-        )
+        print(f"note: --warmup takes over a fifth of {shortest} steps: lower it, or train longer")
     return pick_device(device)
 
 
