@@ -1,26 +1,32 @@
-"""Train SAEs on the residual stream of a language model.
+"""Train SAEs on the residual stream of a language model, or on activations that you have already.
 
-    python train_pythia.py --l2 1e-4 --seed 0                                       the study's SAE, on one GPU
-    python train_pythia.py --k 40 80 150 320 --l2 0 1e-4 --seed 0 1 2               its grid of 24, in one pass
-    python train_pythia.py --model gpt2 --layer 6 --data book.txt --tokens 2e6      any causal model, any text
-    torchrun --nproc-per-node 8 train_pythia.py --k 40 80 150 320 --seed 0 1 2      the SAEs divided among 8 GPUs
+    python train_pythia.py --l2 1e-4 --seed 0                      the study's SAE, on one GPU
+    python train_pythia.py --k 40 80 --l2 0 1e-4 --seed 0 1 2      a grid of 12, in one pass
+    python train_pythia.py --model gpt2 --layer 6 --data book.txt --tokens 2e6
+    python train_pythia.py --data acts.npy --tokens 2e7            rows [N, d_in]; no language model
+    torchrun --nproc-per-node 8 train_pythia.py --k 40 80 --seed 0 1 2 3      divided among 8 GPUs
 
-Lists sweep: the product of all of them is trained, every SAE on the same stream of activations, so the language
-model runs once. A finished SAE is not trained again, and an interrupted command goes on where it was. Read it
-from top to bottom: model, activations, training; then where the tokens come from, and the command line.
+Lists sweep: the product of all of them is trained, every SAE on the same stream of activations, so
+the language model runs once. A finished SAE is not trained again, and an interrupted command goes
+on where it was.
+
+Read from top to bottom: the model and how its residual stream is read and replaced; the stream of
+activations that SAEs are trained on, and the one they are measured on; training. Below the banner
+"Machinery" stands where tokens come from, and the command line.
 """
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import requests
 import torch
+import torch.nn.functional as F
 import transformers
 from filelock import FileLock
 from torch import nn
@@ -29,72 +35,190 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sae import (
     Parser,
-    Trainer,
+    Rows,
     UserError,
     first_line,
-    fit,
     is_complete,
     make_folder,
     pick_device,
+    read_hparams,
+    read_json,
     replacing,
-    resume,
     run_command,
-    save_run,
     sweep,
+    train,
     use_bfloat16,
-    write_hparams,
 )
 
-STUDY = {"model": "EleutherAI/pythia-70m-deduped", "layer": 3, "context": 1024, "data": "pile", "sparsity": 0.06}
-PILE = "https://huggingface.co/datasets/EleutherAI/pile-deduped-pythia-preshuffled/resolve/main/"
-PILE_FILE = "document-00000-of-00020.bin"  # uint16 token ids in rows of 2,049, as Pythia-deduped saw them
-CACHE = Path("data")  # downloaded and tokenised text
-HELD_OUT = 500_000  # tokens that evaluate.py measures on: the first of the pile; the last of a file, at most a tenth
+# The study's settings for Pythia-70M. It trained no ReLU SAEs there: the sparsity is ours.
+STUDY = {
+    "model": "EleutherAI/pythia-70m-deduped",
+    "layer": 3,
+    "context": 1024,
+    "data": "pile",
+    "sparsity": 0.06,
+}
 BUFFER = 250_000  # activations shuffled together
-FORWARD = 16_384  # tokens that the language model reads at once
-DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+FORWARD = 16_384  # tokens that the language model reads at once in training
+EVALUATED = 8_192  # and in evaluation, where it goes on to the logits
+HELD_OUT = 500_000  # tokens that no SAE is trained on, at most
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model: any causal language model of transformers, and the residual stream after one of its blocks
 
 
-@contextmanager
-def loading(name):
-    """Turn what transformers raises for a model that is not there into a UserError with the way out."""
-    try:
-        yield
-    except Exception as error:  # of many kinds, where a configuration is not whole
-        way_out = "give a folder with a model in it, or a name of the hub and a network"
-        raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}): {way_out}") from None
-
-
 def load_model(name, device, bfloat16=True):
-    """The model, in eval mode, and its tokenizer. Raises UserError where there is no such model."""
-    # On a CPU the weights stay in float32, and Activations multiplies in bfloat16: the better half of both
+    """A language model, in eval mode, and its tokenizer.
+
+    `name` is a name of the hub or a folder. With `bfloat16`, matrix products are in bfloat16.
+    Raises UserError where there is no such model, or where it is not clear how to read it.
+    """
+    # On a CPU the weights stay in float32 and products alone are in bfloat16 (see `products`). That
+    # is as fast, and the residual stream, which is a long sum, is not rounded.
     dtype = torch.bfloat16 if bfloat16 and device.type != "cpu" else torch.float32
-    with loading(name):
-        model = AutoModelForCausalLM.from_pretrained(name, **{DTYPE: dtype})
+    dtype_argument = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    with one_line(f"--model {name}", MODELS):
+        model = AutoModelForCausalLM.from_pretrained(name, **{dtype_argument: dtype})
         tokenizer = AutoTokenizer.from_pretrained(name)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+        model = model.to(device).eval().requires_grad_(False)
+        model.bfloat16_products = bfloat16 and dtype == torch.float32
+        anatomy(model)  # to find out now that a model cannot be read, and not after hours
+    return model, tokenizer
+
+
+class Anatomy(NamedTuple):
+    """The parts of a language model that matter here."""
+
+    blocks: nn.ModuleList  # in order; block i puts out the residual stream [B, context, d_in]
+    final_norm: nn.Module  # makes of what the last block puts out what the unembedding takes
+
+
+def anatomy(model):
+    """The Anatomy of a model, found by running it once, and then kept with it."""
+    if not hasattr(model, "anatomy"):
+        model.anatomy = find_anatomy(model)
+    return model.anatomy
 
 
 def blocks(model):
-    """The transformer blocks, in order, whatever the family calls them (gpt_neox.layers, transformer.h, ...)."""
-    depth = model.config.num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    """The transformer blocks, in order, whatever the family calls them."""
+    return anatomy(model).blocks
+
+
+def final_norm(model):
+    """The module between the last block and the unembedding. It is mostly a norm; the identity in
+    families that have none there, and a projection in OPT-350M."""
+    return anatomy(model).final_norm
+
+
+class Call(NamedTuple):
+    """A module that ran in a forward pass."""
+
+    module: nn.Module
+    inputs: tuple  # its positional arguments
+    output: Any  # what it returned; of a tuple or list, the first
+
+
+@torch.no_grad()
+def find_anatomy(model):
+    """Run a few tokens, and find the parts of the model by what they put out. Raises UserError.
+
+    Names and numbers of layers would be guesses: some families have several lists of modules of the
+    same length, or norms after the last block that belong to something else.
+    """
+    # Tokens from the middle of the vocabulary, since special ones stand at its ends: [2, 4]
+    middle = model.get_input_embeddings().num_embeddings // 2
+    tokens = torch.arange(middle, middle + 8, device=model.device).view(2, 4)
+    calls = []
+
+    def record(module, inputs, output):
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        calls.append(Call(module, inputs, first))
+
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        result = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = result.hidden_states
+    outputs = {call.module: call.output for call in calls}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # hidden_states begins with the embeddings, or in Mamba and its like with what block 0 puts out.
+    # Its last entry has mostly been through the final norm, so the last block is told by that norm.
+    for first in (1, 0):
+        for candidate in lists:
+            if len(candidate) != len(states) - 1:
+                continue
+            pairs = zip(candidate[:-1], states[first:])
+            if all(equal(outputs.get(block), state) for block, state in pairs):
+                norm = find_final_norm(model, candidate, calls, outputs)
+                if norm is not None:
+                    return Anatomy(candidate, norm)
+    raise UserError(
+        f"--model {model.name_or_path}: no list of its blocks puts out the residual stream "
+        "[B, context, d_in] that it reports, and leads to its unembedding: choose another family"
+    )
+
+
+def find_final_norm(model, candidate, calls, outputs):
+    """The module that takes what the last block of `candidate` puts out to what is unembedded.
+
+    None where there is none, so that the candidates cannot be the blocks.
+    """
+    last = outputs.get(candidate[-1])
+    unembedding = model.get_output_embeddings()
+    reached = [call.inputs[0] for call in calls if call.module is unembedding and call.inputs]
+    if not reached:
+        return None
+    inside = set(candidate.modules())
+    for call in reversed(calls):
+        if call.module in inside or not call.inputs:
+            continue
+        if parallel(call.inputs[0], last) and parallel(call.output, reached[-1]):
+            return call.module
+    return nn.Identity() if parallel(last, reached[-1]) else None
+
+
+def equal(a, b):
+    """Whether two things are equal tensors."""
+    tensors = torch.is_tensor(a) and torch.is_tensor(b)
+    return tensors and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def parallel(a, b):
+    """Whether two things are tensors [B, context, d] of the same directions.
+
+    Their lengths may differ, since some families divide by a constant before the unembedding.
+    """
+    if not (torch.is_tensor(a) and torch.is_tensor(b)) or a.shape != b.shape or a.dim() != 3:
+        return False
+    return bool((F.cosine_similarity(a.float(), b.float(), dim=-1) > 0.999).all())
+
+
+def site(model, layer):
+    """The module whose output is read and replaced.
+
+    To train SAEs on something else than the residual stream, change this line: for MLP outputs of
+    Pythia, `return blocks(model)[layer].mlp`.
+    """
+    return blocks(model)[layer]
 
 
 @contextmanager
 def spliced(model, layer, replace):
-    """Within it, the residual stream after block `layer` [B, context, d_in] is what `replace` makes of it."""
+    """Within it, the residual stream after block `layer` is what `replace` makes of it.
+
+    `replace` takes and returns [B, context, d_in]; context is 1 in generation with a cache.
+    """
 
     def hook(module, inputs, output):
-        if isinstance(output, tuple):
+        if isinstance(output, (tuple, list)):
             return (replace(output[0]), *output[1:])
         return replace(output)
 
-    handle = blocks(model)[layer].register_forward_hook(hook)
+    handle = site(model, layer).register_forward_hook(hook)
     try:
         yield
     finally:
@@ -102,65 +226,175 @@ def spliced(model, layer, replace):
 
 
 class Reached(Exception):
-    """Thrown to end a forward pass after the block that is read."""
+    """Raised to end a forward pass at the block that is read."""
 
 
 @torch.no_grad()
 def residual_stream(model, tokens, layer):
-    """The residual stream after block `layer` [B, context, d_in], of tokens [B, context]; later blocks do not run."""
+    """The residual stream after block `layer`, [B, context, d_in], of tokens [B, context].
+
+    Later blocks do not run.
+    """
     found = []
 
     def read(resid):
         found.append(resid)
         raise Reached
 
-    with suppress(Reached), spliced(model, layer, read):
-        model.base_model(input_ids=tokens, use_cache=False)
+    with suppress(Reached), spliced(model, layer, read), products(model):
+        model(input_ids=tokens, use_cache=False)
     return found[0]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Activations
+@torch.no_grad()
+def cross_entropy(model, contexts):
+    """Mean cross-entropy, in nats, of each next token of contexts, an iterable of [B, context]."""
+    total = 0.0
+    n_tokens = 0
+    for tokens in contexts:
+        with products(model):
+            logits = model(input_ids=tokens, use_cache=False).logits  # [B, context, vocabulary]
+        predicted = logits[:, :-1].flatten(0, 1).float()
+        following = tokens[:, 1:].flatten()
+        total += F.cross_entropy(predicted, following, reduction="sum").item()
+        n_tokens += len(following)
+    return total / n_tokens
+
+
+def products(model):
+    """Within it, a model in float32 multiplies in bfloat16, where load_model was asked for that."""
+    enabled = getattr(model, "bfloat16_products", False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
+# --------------------------------------------------------------------------------------------------
+# Activations: which positions SAEs are trained on, the stream of them, and those that are held out
+
+
+def outlier_limit(resid):
+    """The norm from which an activation is an outlier: 10 times the median of resid [B, context,
+    d_in], first positions aside (as the study has it)."""
+    return 10 * resid[:, 1:].float().norm(dim=-1).median().item()
+
+
+def is_trained_on(resid, limit):
+    """Which positions of resid [B, context, d_in] SAEs are trained on, [B, context] bool.
+
+    The first position of a context is left out, and so are norms above the limit. Language models
+    use both as places to put attention, with norms that would dominate the loss. Raises UserError.
+    """
+    norms = resid[:, 1:].float().norm(dim=-1)
+    if not norms.isfinite().all():
+        way_out = "give --dtype float32, or another --layer"
+        raise UserError(f"the language model's activations are not finite numbers: {way_out}")
+    return F.pad(norms <= limit, (1, 0), value=False)
 
 
 class Activations:
-    """An endless, shuffled stream of activations [batch_size, d_in], float32, of unit mean squared norm.
+    """The source of activations of a language model that reads text, in an endless shuffled stream.
 
-    Contexts are taken in random order, without repetition within a pass over the tokens. About BUFFER activations
-    of as many contexts as it takes fill one buffer in place, are shuffled by index and served; the few that do
-    not make a batch stay for the next filling, so nothing is lost. The first position of each context is dropped,
-    and so are outliers: norms above 10 times the median. Memory: (BUFFER + batch_size) * d_in numbers.
+    Contexts are taken in random order, without repetition within a pass over the tokens. They fill
+    a buffer of about BUFFER activations, which is shuffled and served in batches. What does not
+    make a batch stays for the next filling, so nothing is lost. Activations are divided by `scale`,
+    so that the mean squared norm of those of the first filling is 1.
 
-    Everything follows from the tokens, data_seed, and a state small enough for a checkpoint: the number of the
-    filling, the batches served of it, and the activations left over from the one before.
+    The stream follows from the tokens, the data seed, and a state that is small enough for a
+    checkpoint: the number of the filling, how many batches of it were served, and the activations
+    that were left over from the filling before.
     """
 
-    STATE = ("filling", "served", "scale", "limit", "leftover")
+    def __init__(self, model, layer, context, tokens, held_out_tokens=(), buffer_size=None):
+        """`tokens` and `held_out_tokens` are flat arrays of token ids, on disk as a rule.
 
-    def __init__(self, model, layer, tokens, context, batch_size, data_seed, device, state=None, bfloat16=False):
-        self.model, self.layer, self.tokens, self.context = model, layer, tokens, context
-        self.batch_size, self.data_seed, self.device = batch_size, data_seed, device
-        # A model in float32 may still multiply in bfloat16; what it adds up, the residual stream, stays in float32
-        self.autocast = torch.autocast(device.type, torch.bfloat16, bfloat16 and model.dtype == torch.float32)
+        buffer_size is how many activations are shuffled together, BUFFER by default.
+        """
+        self.model = model
+        self.layer = layer
+        self.context = context
+        self.tokens = tokens
+        self.held_out_tokens = held_out_tokens
+        self.d_in = model.config.get_text_config().hidden_size
         self.n_contexts = len(tokens) // context
-        self.contexts_per_filling = max(1, BUFFER // (context - 1))
-        rows = self.contexts_per_filling * (context - 1) + batch_size
-        self.buffer = torch.empty(rows, model.config.hidden_size, dtype=model.dtype, device=device)
-        state = state or {"filling": 0, "served": 0, "scale": None, "limit": None, "leftover": self.buffer[:0].clone()}
-        self.filling, self.served, self.scale, self.limit, self.leftover = (state[name] for name in self.STATE)
-        self.fill()
+        self.contexts_per_filling = max(1, (buffer_size or BUFFER) // (context - 1))
+        self.scale = None  # known from the first filling on
+        self.metadata = {
+            "model_name": model.name_or_path,
+            "hook_name": f"blocks.{layer}.hook_resid_post",
+            "context_size": context,
+            "prepend_bos": False,
+        }
+
+    def batches(self, hp, step=0, state=None):
+        """An endless iterator of x / scale, [hp.batch_size, d_in] float32, from where `state` was.
+
+        `state` says it all: the step is not needed.
+        """
+        # Allocated once: every filling overwrites the one before.
+        rows = self.contexts_per_filling * (self.context - 1) + hp.batch_size
+        options = {"dtype": self.model.dtype, "device": self.model.device}
+        self.buffer = torch.empty(rows, self.d_in, **options)
+        self.data_seed = hp.data_seed
+        state = state or {}
+        self.filling = state.get("filling", 0)
+        self.served = state.get("served", 0)
+        self.scale = state.get("scale")
+        self.limit = state.get("limit")  # norm from which an activation is an outlier
+        self.leftover = state.get("leftover", self.buffer[:0].clone())
+        return self.serve(hp.batch_size)
 
     def state(self):
-        """What a new stream needs to go on from here."""
-        return {name: getattr(self, name) for name in self.STATE} | {"leftover": self.leftover.cpu()}
+        """What `batches` needs to go on after the batch that it gave last."""
+        return {
+            "filling": self.filling,
+            "served": self.served,
+            "scale": self.scale,
+            "limit": self.limit,
+            "leftover": self.leftover.cpu(),
+        }
 
-    def generator(self, *numbers):
-        """A generator that depends on data_seed and the numbers alone."""
-        digest = hashlib.sha256(repr((self.data_seed, *numbers)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    def held_out(self):
+        """Activations that no SAE is trained on, raw: batches [n, d_in] float32, maybe none."""
+        if len(self.held_out_tokens) < self.context:
+            return []
+        n_tokens, device = len(self.held_out_tokens), self.model.device
+        contexts = cut_contexts(self.held_out_tokens, n_tokens, self.context, device)
+        return Stream(self.model, self.layer, contexts)
+
+    def serve(self, batch_size):
+        while True:
+            order = self.fill()
+            while (self.served + 1) * batch_size <= len(order):
+                rows = order[self.served * batch_size : (self.served + 1) * batch_size]
+                self.served += 1
+                yield self.buffer[rows].float() / self.scale
+            self.leftover = self.buffer[order[self.served * batch_size :]].clone()
+            self.filling += 1
+            self.served = 0
+
+    def fill(self):
+        """Fill the buffer with what was left over and the activations of the next contexts.
+
+        Returns the order in which to serve them, the numbers of the rows that are filled.
+        """
+        count = len(self.leftover)
+        self.buffer[:count] = self.leftover
+        first = self.filling * self.contexts_per_filling
+        contexts = self.contexts(first, self.contexts_per_filling)
+        parts = contexts.split(max(1, FORWARD // self.context))
+        for part in tqdm(parts, desc="reading activations", unit="batch", leave=False, delay=2):
+            resid = residual_stream(self.model, part, self.layer)
+            if self.limit is None:
+                self.limit = outlier_limit(resid)
+            new = resid[is_trained_on(resid, self.limit)]
+            self.buffer[count : count + len(new)] = new
+            count += len(new)
+        if self.scale is None:
+            self.scale = self.buffer[:count].float().square().sum(1).mean().sqrt().item()
+        order = torch.randperm(count, generator=self.generator("shuffle", self.filling))
+        return order.to(self.model.device)
 
     def contexts(self, first, n):
-        """Contexts number `first` to `first + n` of the endless sequence, [n, context] token ids."""
+        """Contexts number `first` to `first + n` of the endless sequence, [n, context] ids."""
         rows = []
         for number in range(first, first + n):
             epoch, index = divmod(number, self.n_contexts)
@@ -168,244 +402,542 @@ class Activations:
                 order = torch.randperm(self.n_contexts, generator=self.generator("order", epoch))
             start = order[index].item() * self.context
             rows.append(self.tokens[start : start + self.context].astype(np.int64))
-        return torch.from_numpy(np.stack(rows)).to(self.device)
+        return torch.from_numpy(np.stack(rows)).to(self.model.device)
 
-    def fill(self):
-        """Fill the buffer: what was left over, then the activations of the next contexts."""
-        count = len(self.leftover)
-        self.buffer[:count] = self.leftover
-        contexts = self.contexts(self.filling * self.contexts_per_filling, self.contexts_per_filling)
-        for part in contexts.split(max(1, FORWARD // self.context)):
-            with self.autocast:
-                new = residual_stream(self.model, part, self.layer)[:, 1:].flatten(0, 1)
-            norm = new.float().norm(dim=1)
-            if self.limit is None:
-                self.limit = 10 * norm.median().item()
-            new = new[norm <= self.limit]
-            self.buffer[count : count + len(new)] = new
-            count += len(new)
-        if self.scale is None:
-            self.scale = self.buffer[:count].float().square().sum(1).mean().sqrt().item()
-        self.order = torch.randperm(count, generator=self.generator("shuffle", self.filling)).to(self.device)
+    def generator(self, purpose, number):
+        """A random generator that depends on the data seed, the purpose and the number alone."""
+        digest = hashlib.sha256(repr((self.data_seed, purpose, number)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Stream:
+    """The residual stream after block `layer` on contexts, a list of [B, context] token ids, at the
+    positions that SAEs are trained on. Outliers are told by the median of the first batch.
+
+    Iterating over it gives the activations of each batch of contexts, [n, d_in] float32, unscaled.
+    """
+
+    def __init__(self, model, layer, contexts):
+        self.model = model
+        self.layer = layer
+        self.contexts = contexts
+        self.limit = outlier_limit(residual_stream(model, contexts[0], layer))
 
     def __iter__(self):
-        return self
+        for tokens in self.contexts:
+            resid = residual_stream(self.model, tokens, self.layer)
+            yield resid[self.keeps(resid)].float()
 
-    def __next__(self):
-        rows = self.order[self.served * self.batch_size : (self.served + 1) * self.batch_size]
-        batch = self.buffer[rows].float() / self.scale
-        self.served += 1
-        if (self.served + 1) * self.batch_size > len(self.order):
-            self.leftover = self.buffer[self.order[self.served * self.batch_size :]].clone()
-            self.filling, self.served = self.filling + 1, 0
-            self.fill()
-        return batch
+    def keeps(self, resid):
+        """Which positions of resid [B, context, d_in] are in the stream, [B, context] bool."""
+        return is_trained_on(resid, self.limit)
+
+    def cross_entropy(self, replace=None):
+        """The language model's, with what `replace` makes of the stream [n, d_in] in its place.
+
+        Without `replace`, the model's own. In nats a token.
+        """
+        if replace is None:
+            return cross_entropy(self.model, self.contexts)
+
+        def splice(resid):
+            resid = resid.clone()
+            kept = self.keeps(resid)
+            # `replace` is an SAE as it was measured on the stream itself: in float32
+            with torch.autocast(resid.device.type, enabled=False):
+                resid[kept] = replace(resid[kept].float()).to(resid.dtype)
+            return resid
+
+        with spliced(self.model, self.layer, splice):
+            return cross_entropy(self.model, self.contexts)
 
 
-# ---------------------------------------------------------------------------------------------------
+# The language model and the text of a trained SAE, to measure it again
+
+
+class Run(NamedTuple):
+    """A run folder, and what the SAE in it reads."""
+
+    folder: Path
+    model: str  # a name of the hub, or a folder
+    layer: int  # the block after which the residual stream is read
+    context: int  # tokens that the language model reads together
+    data: str  # what it was trained on: "pile", or a file
+    dtype: str  # of the language model's matrix products
+
+
+def read_run(folder):
+    """The Run of a folder of ours, or of one whose cfg.json names model, hook and context.
+
+    Raises UserError where it is not of a language model, or of another place in it.
+    """
+    folder = Path(folder)
+    if (folder / "hparams.json").exists():
+        hp = read_hparams(folder)
+        if hp["model"]:
+            return Run(folder, hp["model"], hp["layer"], hp["context"], hp["data"], hp["dtype"])
+    elif (folder / "cfg.json").exists():
+        cfg = read_json(folder / "cfg.json")
+        # SAELens 6 has these in "metadata", before it had them among the others
+        names = cfg.get("metadata") or cfg
+        model, hook, context = (names.get(k) for k in ("model_name", "hook_name", "context_size"))
+        if model and hook and context:
+            layer = block_of_hook(folder, str(hook))
+            # Nothing says where the tokens of its data set are
+            return Run(folder, hub_name(str(model)), layer, int(context), "pile", "auto")
+    raise UserError(
+        f"{folder}: not a run of train_pythia.py, and no cfg.json there names model_name, "
+        "hook_name and context_size: there is no language model to measure it with"
+    )
+
+
+def block_of_hook(folder, hook):
+    """The block whose output a hook of TransformerLens names. Raises UserError."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    if found:
+        # What goes into a block is what the one before it puts out
+        layer = int(found[1]) - (found[2] == "pre")
+        if layer >= 0:
+            return layer
+    way_out = "only what a block puts out can be read, such as blocks.3.hook_resid_post"
+    raise UserError(f"{folder}: of hook_name {hook}: {way_out}")
+
+
+def hub_name(name):
+    """The name on the hub of a model that TransformerLens, and so SAELens, may call otherwise."""
+    if name == "gpt2-small":
+        return "gpt2"
+    for family, owner in (("pythia-", "EleutherAI"), ("gemma-", "google")):
+        if name.startswith(family):
+            return f"{owner}/{name}"
+    return name
+
+
+class OpenRun(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    tokens: np.ndarray  # a flat array of token ids
+
+
+def open_run(run, device, data=None, n_trained=0):
+    """The language model of a Run, and tokens for it: those that it was not trained on.
+
+    With `data`, a file, its tokens instead; with n_trained, the first so many of those that the SAE
+    was trained on. Raises UserError.
+    """
+    check_model(run)
+    model, tokenizer = load_model(run.model, device, use_bfloat16(run.dtype, device))
+    if data:
+        return OpenRun(model, tokenizer, read_tokens(data, tokenizer, model))
+    train_tokens, held_out_tokens = open_tokens(run, n_trained, tokenizer, model)
+    tokens = train_tokens[:n_trained] if n_trained else held_out_tokens
+    return OpenRun(model, tokenizer, tokens)
+
+
+def cut_contexts(tokens, n_tokens, length, device):
+    """The first n_tokens of a flat array as a list of batches of contexts [B, length], on the
+    device. Raises UserError where they are fewer than one context."""
+    n_contexts = min(int(n_tokens), len(tokens)) // length
+    if n_contexts < 1:
+        n_tokens = min(int(n_tokens), len(tokens))
+        raise UserError(f"--tokens: {n_tokens} are fewer than one context of {length}: give more")
+    contexts = torch.from_numpy(tokens[: n_contexts * length].astype(np.int64)).view(-1, length)
+    return list(contexts.to(device).split(max(1, EVALUATED // length)))
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
 def main(argv=None):
     args, runs = parse(argv)
-    # torchrun says which of how many processes this is; SAEs are dealt out, and nothing else is shared
-    try:
-        rank, ranks, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("0", "1", "0")))
-        if not 0 <= rank < ranks:
-            raise ValueError
-    except ValueError:
-        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK are set, not as torchrun does: unset them") from None
+    runs = share_of(runs)
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
-    device, runs = pick_device(args.device), dict([*runs.items()][rank::ranks])
-    missing = {folder: hp for folder, hp in runs.items() if not is_complete(folder, hp)}
+        number = int(os.environ.get("LOCAL_RANK", "0"))  # among the processes of this machine
+        args.device = f"cuda:{number % torch.cuda.device_count()}"
+    device = pick_device(args.device)
+    missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
     if not missing:
         print(f"all {len(runs)} SAEs are finished, in {args.out}")
         return
-    bfloat16 = use_bfloat16(args.dtype, device)
-    model, tokenizer = load_model(args.model, device, bfloat16)
-    # A little more, for the activations that are dropped
-    tokens, _ = open_tokens(args, int(args.tokens * 1.01), tokenizer, model)
-    if len(tokens) < BUFFER:
-        raise UserError(f"--data {args.data}: {len(tokens):,} tokens to train on, give at least {BUFFER:,}")
+    source = open_rows_source(args.data) if is_rows(args.data) else open_text_source(args, device)
     make_folder(args.out)
     print(f"training {len(missing)} of {len(runs)} SAEs on {args.data}, {device}, into {args.out}")
-    trainers, states = {folder: Trainer(hp, device) for folder, hp in missing.items()}, {}
-    for folder, trainer in trainers.items():
-        states[folder] = resume(trainer, folder)
-        write_hparams(trainer, folder)
-    behind = min(trainers, key=lambda folder: trainers[folder].step)
-    where = (model, args.layer, tokens, args.context, args.batch_size, args.data_seed, device)
-    stream = Activations(*where, states[behind], bfloat16)
-    fit(trainers, stream, stream.state)
-    metadata = {"model_name": args.model, "hook_name": f"blocks.{args.layer}.hook_resid_post"}
-    metadata |= {"context_size": args.context, "prepend_bos": False}
-    for folder, trainer in trainers.items():
-        save_run(trainer, folder, metadata, stream.scale)
-        row = trainer.metrics[-1]
-        print(f"{folder}: fve {row['fve']:.4f}, l0 {row['l0']:.1f}, dead {row['dead']} of {trainer.hp.d_sae}")
+    train(runs, source, device)
 
 
-# ---------------------------------------------------------------------------------------------------
+def open_text_source(args, device):
+    """The activations of the language model of a command line on its text. Raises UserError."""
+    model, tokenizer = load_model(args.model, device, use_bfloat16(args.dtype, device))
+    # A little more than asked for, since some activations are dropped
+    n_tokens = int(args.tokens * 1.01)
+    train_tokens, held_out_tokens = open_tokens(args, n_tokens, tokenizer, model)
+    buffer_size = min(BUFFER, int(args.tokens))
+    enough = max(buffer_size, args.context)
+    if len(train_tokens) < enough:
+        has = f"{len(train_tokens):,} tokens to train on"
+        raise UserError(f"--data {args.data}: {has}, give at least {enough:,} or lower --tokens")
+    return Activations(
+        model, args.layer, args.context, train_tokens, held_out_tokens, buffer_size=buffer_size
+    )
+
+
+def open_rows_source(data):
+    """The rows of an activations file as a source. Raises UserError."""
+    rows, held_out = open_rows(data)
+    metadata = {
+        "model_name": data,
+        "hook_name": "activations",
+        "context_size": 1,
+        "prepend_bos": False,
+    }
+    return Rows(rows, held_out, metadata=metadata)
+
+
+def share_of(runs):
+    """Those of the runs that this process trains: torchrun says in the environment which of how
+    many it is. They share nothing but the files that are downloaded. Raises UserError."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < ranks:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {ranks} is set, not as by torchrun: unset both")
+    return dict(list(runs.items())[rank::ranks])
+
+
+# ==================================================================================================
+# Machinery: where tokens and activations come from, downloads, the command line
+# ==================================================================================================
+
+PILE = "https://huggingface.co/datasets/EleutherAI/pile-deduped-pythia-preshuffled/resolve/main/"
+PILE_FILE = "document-00000-of-00020.bin"  # uint16 ids in rows of 2,049, as Pythia-deduped saw them
+PILE_SAMPLE = ("Hello, I am", [12092, 13, 309, 717])  # a text, and its ids by Pythia's tokenizer
+CACHE = Path("data")  # downloaded and tokenised text
+MODELS = "give a folder with a model in it, or a name of the hub and a network"
+FORMATS = (
+    "give text (.txt, or .jsonl with a text in each line), token ids (.bin of uint16, or a "
+    "one-dimensional .npy of integers) or activations (.npy or .pt, [N, d_in])"
+)
+
+
+@contextmanager
+def one_line(subject, way_out):
+    """Turn what goes wrong with a model or a file into a UserError: both may be damaged, or not
+    there, in so many ways that libraries raise nearly every kind of exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = f"{subject}: cannot be read ({first_line(error)}): {way_out}"
+        raise UserError(message) from None
+
+
+# --------------------------------------------------------------------------------------------------
 # Tokens: flat arrays of token ids
 
 
-def open_tokens(hp, n_tokens, tokenizer, model):
-    """Token ids to train on and held-out ones, two flat arrays on disk, of hp.data: of the pile n_tokens behind those
-    held out, of a file all before them. Raises UserError.
+def open_tokens(run, n_tokens, tokenizer, model):
+    """Token ids to train on and held-out ones, two flat arrays on disk, of run.data.
 
-    `hp` has data, model and context, as Hparams and the command line do.
+    The pile's first HELD_OUT are held out, and n_tokens follow to train on. Of a file a tenth is
+    held out, but at most HELD_OUT, its end. `run` has data, model and context, as a Run or the
+    arguments of a command line. Raises UserError.
     """
-    if hp.data == "pile":
+    if run.data == "pile":
+        text, ids = PILE_SAMPLE
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            way_out = "give --data FILE, such as a .txt"
+            raise UserError(f"--data pile: has tokens of Pythia's, not of {run.model}: {way_out}")
         path = fetch(PILE + PILE_FILE, CACHE / PILE_FILE, 2 * (HELD_OUT + n_tokens))
         tokens = np.memmap(path, np.uint16, "r")[: HELD_OUT + n_tokens]
-        held_out, train = tokens[:HELD_OUT], tokens[HELD_OUT:]
-    else:
-        tokens = read_tokens(hp.data, tokenizer)
-        end = len(tokens) - min(HELD_OUT, len(tokens) // 10) // hp.context * hp.context
-        train, held_out = tokens[:end], tokens[end:]
-    check_ids(tokens, hp, model)
-    return train, held_out
+        check_ids(tokens, run.data, model)
+        return tokens[HELD_OUT:], tokens[:HELD_OUT]
+    tokens = read_tokens(run.data, tokenizer, model)
+    n_held_out = min(HELD_OUT, len(tokens) // 10) // run.context * run.context
+    end = len(tokens) - n_held_out
+    return tokens[:end], tokens[end:]
 
 
-def read_tokens(data, tokenizer):
-    """All token ids of a file, a flat array on disk. Raises UserError."""
+def read_tokens(data, tokenizer, model):
+    """All token ids of a file of text or ids, a flat array on disk. Raises UserError."""
     path = Path(data)
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file; give a .bin, .txt, .jsonl or .jsonl.gz, or leave --data out")
-    if path.suffix != ".bin":
-        path = tokenise(path, tokenizer)
-    elif path.stat().st_size % 2:
-        raise UserError(f"--data {path}: an odd number of bytes cannot be uint16 token ids")
-    if path.stat().st_size == 0:
-        raise UserError(f"--data {data}: no text in it")
-    return np.memmap(path, np.uint32 if path.suffix == ".bin32" else np.uint16, "r")
+    with one_line(f"--data {data}", FORMATS):
+        if path.suffix == ".bin":
+            tokens = np.memmap(path, np.uint16, "r")
+            check_width(tokens, data, model)
+        elif path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+                raise ValueError(f"{tokens.dtype} of shape {tokens.shape} are no token ids")
+        else:
+            tokens = np.memmap(tokenise(path, tokenizer), np.uint32, "r")
+    check_ids(tokens, data, model)
+    return tokens
 
 
-def check_ids(tokens, hp, model):
-    """Raise UserError where tokens hold an id that the model does not have."""
-    largest = max(int(tokens[i : i + 10_000_000].max()) for i in range(0, len(tokens), 10_000_000))
-    if largest >= (n := model.get_input_embeddings().num_embeddings):
-        raise UserError(f"--data {hp.data}: token id {largest}, but --model {hp.model} has {n} tokens")
+def check_width(tokens, data, model):
+    """Raise UserError where the ids of a .bin cannot have been uint16."""
+    way_out = "save them as a one-dimensional .npy, which says how wide its numbers are"
+    n = model.get_input_embeddings().num_embeddings
+    if n > 2**16:
+        raise UserError(f"--data {data}: ids of {n:,} tokens do not fit into uint16: {way_out}")
+    if not tokens[1:1_000_000:2].any():
+        raise UserError(f"--data {data}: every second id is 0, as in wider numbers: {way_out}")
 
 
-def fetch(url, path, n_bytes):
-    """Make `path` hold at least the first n_bytes of url, by a range request; what is there already is kept, so the
-    same command takes a download up where it broke. Raises UserError."""
-
-    def check(condition, reason):
-        if not condition:
-            raise UserError(f"cannot download {url} ({reason}); the same command goes on from what is in {path}")
-
-    make_folder(path.parent)
-    with FileLock(f"{path}.lock"), open(path, "ab") as file:  # of the ranks of a node the first one downloads
-        have = file.tell()
-        if have >= n_bytes:
-            return path
-        headers = {"Range": f"bytes={have}-{n_bytes - 1}", "Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
-                sent = reply.headers.get("Content-Range", "")
-                check(reply.status_code != 200, "the server ignores the range asked for")
-                check(reply.status_code == 206, f"status {reply.status_code}")
-                check(sent.startswith(f"bytes {have}-"), f"the server sends another range: {sent}")
-                check("text/html" not in reply.headers.get("Content-Type", ""), "the server sends a page, not data")
-                with tqdm(total=n_bytes, initial=have, desc=path.name, unit="B", unit_scale=True) as progress:
-                    for piece in reply.iter_content(1 << 16):
-                        progress.update(file.write(piece[: n_bytes - file.tell()]))
-        except OSError as error:  # of the disk, or of requests
-            check(False, error.strerror or type(error).__name__)
-        check(file.tell() == n_bytes, "the connection broke off")
-    return path
+def check_ids(tokens, data, model):
+    """Raise UserError where there are no tokens, or one that the model does not have."""
+    if len(tokens) == 0:
+        raise UserError(f"--data {data}: nothing in it")
+    n = model.get_input_embeddings().num_embeddings
+    for start in range(0, len(tokens), 10_000_000):
+        part = tokens[start : start + 10_000_000]
+        for token in (int(part.min()), int(part.max())):
+            if not 0 <= token < n:
+                name = model.name_or_path
+                raise UserError(f"--data {data}: token id {token}, but --model {name} has {n:,}")
 
 
 def tokenise(path, tokenizer):
-    """Token ids of a text file, in the cache: uint16, or uint32 (.bin32) for a large vocabulary.
+    """The path of the token ids of a text file, uint32, in the cache. Raises UserError.
 
-    Every document (a .txt is one, a .jsonl has one a line) follows an end-of-text token. The text is read in
-    pieces, so memory does not depend on its length. Raises UserError where it is not text.
+    Every document (a .txt is one, a .jsonl has one a line) follows an end-of-text token. The text
+    is read in pieces, so memory does not depend on its length.
     """
-    wide = len(tokenizer) > 2**16
-    about = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tokenizer.get_vocab()!r}"
-    name = f"{path.name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.bin{'32' if wide else ''}"
-    target = CACHE / "tokens" / name
+    file = path.stat()
+    version = [str(path.resolve()), file.st_size, file.st_mtime_ns, fingerprint(tokenizer)]
+    digest = hashlib.sha256(json.dumps(version).encode()).hexdigest()[:12]
+    target = CACHE / "tokens" / f"{path.name}-{digest}.uint32"
     make_folder(target.parent)
-    with FileLock(f"{target}.lock"):
+    with FileLock(f"{target}.lock"):  # of the processes of torchrun the first one tokenises
         if target.exists():
             return target
         with replacing(target) as temporary, open(temporary, "wb") as file:
-            for new, text in tqdm(documents(path), desc=f"tokenising {path.name}", unit="piece"):
-                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                start = [tokenizer.eos_token_id] if new and tokenizer.eos_token_id is not None else []
-                np.array(start + ids, dtype=np.uint32 if wide else np.uint16).tofile(file)
+            pieces = tqdm(documents(path), desc=f"tokenising {path.name}", unit="piece")
+            for piece in pieces:
+                ids = []
+                if piece.starts_document and tokenizer.eos_token_id is not None:
+                    ids.append(tokenizer.eos_token_id)
+                # A special token that is spelled out in the text is text like any other
+                options = {"add_special_tokens": False, "split_special_tokens": True}
+                ids += tokenizer(piece.text, verbose=False, **options)["input_ids"]
+                np.array(ids, dtype=np.uint32).tofile(file)
     return target
 
 
+def fingerprint(tokenizer):
+    """What tells one tokenizer from another, and is the same in every process."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+
+
+class Piece(NamedTuple):
+    text: str
+    starts_document: bool
+
+
 def documents(path):
-    """Pieces of text of a .txt, .jsonl or .jsonl.gz: pairs (starts a document, text). Raises UserError."""
-    names = path.name.split(".")
-    opener = gzip.open if names[-1] == "gz" else open
-    kind = names[-2] if names[-1] == "gz" and len(names) > 1 else names[-1]
-    if kind not in ("txt", "jsonl"):
-        raise UserError(f"--data {path}: of unknown kind; give a .bin, .txt, .jsonl or .jsonl.gz")
-    line = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if kind == "txt":
-                for number, piece in enumerate(iter(lambda: "".join(file.readlines(1 << 20)), "")):
-                    yield number == 0, piece
-            for text in file if kind == "jsonl" else ():
-                line += 1
-                if text.strip():
-                    text = json.loads(text)["text"]
-                    text.encode()  # a string, and of characters that there are
-                    yield True, text
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text ({error.reason} after line {line})") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"--data {path}: damaged ({first_line(error)}): fetch it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'--data {path}: line {line} is not a JSON object with a "text"') from None
+    """The Pieces of text of a .txt or .jsonl. Raises UserError."""
+    if path.suffix == ".txt":
+        with open(path, encoding="utf-8") as file:
+            starts_document = True
+            while lines := file.readlines(1 << 20):
+                yield Piece("".join(lines), starts_document)
+                starts_document = False
+    elif path.suffix == ".jsonl":
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                    text.encode()  # to see that it is a string, of characters that there are
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    problem = f'line {number} is not a JSON object with a "text"'
+                    raise UserError(f"--data {path}: {problem}") from None
+                yield Piece(text, True)
+    else:
+        raise ValueError(f"{path.suffix or 'a file without a suffix'} is of unknown kind")
 
 
-# ---------------------------------------------------------------------------------------------------
+def decode_parts(tokenizer, parts):
+    """The text of each of `parts`, lists of token ids that follow each other.
+
+    Joined, the texts are that of all parts together. Decoded by itself, a part loses the space
+    before it in SentencePiece's tokenizers, and in byte-level ones half a character becomes a
+    replacement sign. So the text of the whole is cut: a part ends where the text up to it ceases to
+    agree with the whole, and a divided character belongs to the part that completes it.
+    """
+    tokens = [token for part in parts for token in part]
+    whole = tokenizer.decode(tokens)
+    texts = []
+    start = n_tokens = 0
+    for part in parts:
+        n_tokens += len(part)
+        up_to_here = tokenizer.decode(tokens[:n_tokens])
+        end = start
+        while end < len(up_to_here) and up_to_here[: end + 1] == whole[: end + 1]:
+            end += 1
+        texts.append(whole[start:end])
+        start = end
+    return texts
+
+
+def end_tokens(model, tokenizer):
+    """The set of token ids at which a text ends: those of the tokenizer, and of the model, which
+    may name more of them."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.config.get_text_config(), model.generation_config):
+        end = getattr(config, "eos_token_id", None)
+        ids.update(end if isinstance(end, (list, tuple)) else [end])
+    return ids - {None}
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows: activations that are there already
+
+
+def is_rows(data):
+    """Whether --data names a file of activations, rather than text or token ids.
+
+    Raises UserError where there is no such file, or where it cannot be read.
+    """
+    path = Path(data)
+    if path.suffix != ".npy":
+        return path.suffix == ".pt"
+    with one_line(f"--data {data}", FORMATS):
+        return np.load(path, mmap_mode="r", allow_pickle=False).ndim != 1
+
+
+def read_rows(data):
+    """The tensor [N, d_in] in a .npy or .pt, as it is on disk. Raises UserError."""
+    path = Path(data)
+    with one_line(f"--data {data}", FORMATS):
+        if path.suffix == ".npy":
+            # "c" leaves the file as it is and on disk, but lets torch take it for writable
+            rows = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        else:
+            rows = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not torch.is_tensor(rows) or rows.dim() != 2 or not rows.is_floating_point():
+            raise ValueError("not one tensor [N, d_in] of real numbers")
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} rows, too few to hold one out")
+    return rows
+
+
+def open_rows(data):
+    """The rows [N, d_in] of a file of activations in two: those to train on, as they are on disk,
+    and the last tenth, which is held out, float32. Raises UserError."""
+    rows = read_rows(data)
+    n_held_out = max(1, len(rows) // 10)
+    return rows[:-n_held_out], rows[-n_held_out:].float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads
+
+
+def fetch(url, path, n_bytes):
+    """Make `path` hold at least the first n_bytes of url, and return it. Raises UserError.
+
+    What is there already is kept, so that the same command takes a download up where it broke.
+    """
+    make_folder(path.parent)
+    with FileLock(f"{path}.lock"):  # of the processes of torchrun the first one downloads
+        try:
+            with open(path, "ab") as file:
+                if file.tell() < n_bytes:
+                    append_range(url, file, n_bytes)
+        except OSError as error:  # of the disk, or of requests
+            reason = error.strerror or first_line(error)
+            way_out = f"the same command goes on from what is in {path}"
+            raise UserError(f"cannot download {url} ({reason}): {way_out}") from None
+    return path
+
+
+def append_range(url, file, n_bytes):
+    """Append what follows in url to a file until it has n_bytes. Raises OSError."""
+    start = file.tell()
+    headers = {"Range": f"bytes={start}-{n_bytes - 1}", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+        sent = reply.headers.get("Content-Range", "")
+        if reply.status_code == 200:
+            raise OSError("the server ignores the range asked for")
+        if reply.status_code != 206:
+            raise OSError(f"status {reply.status_code}")
+        if not sent.startswith(f"bytes {start}-"):
+            raise OSError(f"the server sends another range: {sent}")
+        if "text/html" in reply.headers.get("Content-Type", ""):
+            raise OSError("the server sends a page, not data")
+        bar = {"desc": Path(file.name).name, "unit": "B", "unit_scale": True}
+        with tqdm(total=n_bytes, initial=start, **bar) as progress:
+            for piece in reply.iter_content(1 << 16):
+                piece = piece[: n_bytes - file.tell()]
+                file.write(piece)
+                progress.update(len(piece))
+    if file.tell() < n_bytes:
+        raise OSError("the connection broke off")
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse(argv):
-    """The arguments, and the SAEs they ask for: {run folder: Hparams}. UserError where there is no such model."""
+    """The arguments, and the SAEs they ask for: {run folder: Hparams}. Raises UserError."""
     parser = Parser(description=__doc__)
     parser.add_settings(("d_in", "steps", "length"), **STUDY)
-    add = parser.add_argument
-    add("--tokens", type=float, default=50e6, help="activations to train on, in as many passes as it takes (50e6)")
-    add("--out", type=Path, default="runs/pythia", metavar="DIR", help="where run folders go (default runs/pythia)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        default=50e6,
+        help="activations to train on, in as many passes as it takes (default 50e6)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default="runs/pythia",
+        metavar="DIR",
+        help="where run folders go (default runs/pythia)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     if args.context < 2:
         parser.error(f"--context {args.context}: give at least 2")
-    if not 1 <= args.batch_size <= BUFFER // 2:
-        parser.error(f"--batch-size {args.batch_size}: give at most {BUFFER // 2}, half the shuffled buffer")
-    if not args.batch_size <= args.tokens < float("inf"):
-        parser.error(f"--tokens {args.tokens:g} --batch-size {args.batch_size}: give at least one batch of tokens")
-    d_in = check_model(args)
+    if not 1 <= args.batch_size <= args.tokens < float("inf"):
+        numbers = f"--tokens {args.tokens:g} --batch-size {args.batch_size}"
+        parser.error(f"{numbers}: give at least one batch of tokens")
+    rows = is_rows(args.data)
+    d_in = read_rows(args.data).shape[1] if rows else check_model(args)
 
-    def complete(given, args):
-        steps = int(args.tokens) // given["batch_size"]
-        return {"d_in": d_in, "steps": steps, "length": f"{args.tokens / 1e6:g}M tokens"}
+    def complete(settings, args):
+        """The settings that follow from others."""
+        follow = {
+            "d_in": d_in,
+            "steps": int(args.tokens) // settings["batch_size"],
+            "length": f"{args.tokens / 1e6:g}M tokens",
+        }
+        if rows:  # nothing is read by a language model
+            follow["model"], follow["layer"], follow["context"] = "", 0, 0
+        return follow
 
-    return args, {args.out / name: hp for name, hp in sweep(parser, args, complete).items()}
+    runs = {args.out / name: hp for name, hp in sweep(parser, args, complete).items()}
+    return args, runs
 
 
-def check_model(args):
-    """The width of the residual stream, from the model's configuration. Raises UserError."""
-    with loading(args.model):
-        config = AutoConfig.from_pretrained(args.model)
+def check_model(run):
+    """The width of the residual stream, by the model's configuration alone. Raises UserError.
+
+    `run` has model, layer and context, as a Run or the arguments of a command line.
+    """
+    with one_line(f"--model {run.model}", MODELS):
+        config = AutoConfig.from_pretrained(run.model).get_text_config()
         width, depth = config.hidden_size, config.num_hidden_layers
-    if not 0 <= args.layer < depth:
-        raise UserError(f"--layer {args.layer}: {args.model} has blocks 0 to {depth - 1}")
-    longest = getattr(config, "max_position_embeddings", None) or args.context
-    if args.context > longest:
-        raise UserError(f"--context {args.context}: {args.model} reads at most {longest} tokens")
+    if not 0 <= run.layer < depth:
+        raise UserError(f"--layer {run.layer}: {run.model} has blocks 0 to {depth - 1}")
+    longest = getattr(config, "max_position_embeddings", None) or run.context
+    if run.context > longest:
+        raise UserError(f"--context {run.context}: {run.model} reads at most {longest} tokens")
     return width
 
 
