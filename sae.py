@@ -1247,7 +1247,7 @@ def load_sae(folder):
             unfinished = (folder / "checkpoint.pt").exists()
             hint = "; its training is unfinished" if unfinished else ""
             raise UserError(f"{folder}: no SAE here ({WEIGHTS}, sae.safetensors or ae.pt){hint}")
-        tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
+        tensors = found.tensors
         d_in, d_sae = tensors["W_enc"].shape
         if 0 in (d_in, d_sae):
             raise UserError(f"{folder}: an SAE of no features")
@@ -1272,7 +1272,7 @@ def load_sae(folder):
 def read_saelens(folder):
     cfg = read_json(folder / "cfg.json")
     metadata = dict(cfg.pop("metadata", None) or {})
-    tensors = load_file(folder / WEIGHTS)
+    tensors = in_float32(load_file(folder / WEIGHTS))
     # Files of before version 6 name a "standard" architecture and its activation function.
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     architecture = cfg.get("architecture") or "standard"
@@ -1321,7 +1321,7 @@ def read_dictionary_learning(folder):
         raise UserError(f"{folder}: dict_class {kind} is none of {', '.join(readable)}")
     arch = readable[kind]
     # weights_only: a pickle may hold code, and this file may come from anyone.
-    state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+    state = in_float32(torch.load(folder / "ae.pt", map_location="cpu", weights_only=True))
     names = {
         "encoder.weight": "W_enc",
         "decoder.weight": "W_dec",
@@ -1357,10 +1357,15 @@ def read_sparsify(folder):
         raise UserError(f"{folder}: a transcoder, not an SAE")
     if cfg.get("activation", "topk") != "topk":
         raise UserError(f"{folder}: activation {cfg['activation']} is not supported")
-    tensors = load_file(folder / "sae.safetensors")
+    tensors = in_float32(load_file(folder / "sae.safetensors"))
     tensors["W_enc"] = tensors.pop("encoder.weight").T
     tensors["b_enc"] = tensors.pop("encoder.bias")
     return Found("topk", int(cfg["k"]), tensors, cfg)
+
+
+def in_float32(tensors):
+    """The same in float32, before anything is folded: bfloat16 products are too coarse."""
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def ungate(tensors):
