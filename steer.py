@@ -1,26 +1,39 @@
-"""Steer a language model with the features of SAEs, and measure what that does.
+"""Steer a language model with the features of SAEs, and measure what comes of it.
 
-    python steer.py runs/pythia/topk_k40_l2-0_seed0 runs/pythia/topk_k40_l2-0.0001_seed0 --strength 5 10 20
-    python steer.py RUN RUN --base-url https://api.example.com/v1 --judge some-model      rated by a judge as well
+    python steer.py RUN --strength 5 10 20                                   what needs no judge
+    python steer.py RUN RUN --mode rms --strength 0.6 1                      two settings compared
+    python steer.py RUN RUN --judge NAME --base-url http://localhost:8000/v1        and rated
 
-For each feature and neutral prompt the model writes three texts from the same random draws: as it is, with the
-feature's decoder direction added to the residual stream, and with a random direction of the same size (the control:
-what noise achieves). Without a judge that gives echo, perplexity and promoted tokens; a judge rates 1 to 5 whether
-the steered text is more related to the feature's explanation (see evaluate.py autointerp), 4 or 5 being success.
-Each run folder gets steering.json; --out the comparison of the runs and the figures. A reading order: `generate`,
-`read_back`, `steer_run`, `rate`, `compare`.
+RUN is the folder of an SAE of a language model, such as runs/pythia/topk_k40_l2-0.0001_seed0.
+
+For every feature and neutral prompt the language model writes three kinds of text, from the same
+random draws: the original, without interference; the steered text, for which the feature's decoder
+direction is added to the residual stream; and the control, for which a random direction of the same
+length is added, since noise changes a text, too, and some texts will happen to suit the feature.
+
+Three measures need no judge. Echo: does the unsteered model, reading the text, see more of the
+feature than in the original? Perplexity: what did steering cost? Promoted: how many of the ten
+tokens that the direction raises most are in the text? A judge, some other language model, is shown
+the feature's explanation (see evaluate.py autointerp), the original and the text, and rates from 1
+to 5 whether the text is more related to the explanation; 4 or 5 is a success.
+
+A run folder gets steering.json; the folder --out gets the comparison of the runs, and pictures.
+Read on in this order: generate, read back, one run, rate, compare; then "Machinery".
 """
 
+import hashlib
 import inspect
 import itertools
 import json
 import os
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
@@ -34,329 +47,481 @@ from sae import (
     pick_device,
     read_json,
     run_command,
+    use_bfloat16,
     write_json,
 )
-from train_pythia import blocks, spliced
+from train_pythia import (
+    Stream,
+    cut_contexts,
+    decode_parts,
+    end_tokens,
+    final_norm,
+    load_model,
+    open_run,
+    read_run,
+    spliced,
+)
 
-PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for every feature
-SUCCESS = 4  # a rating from which the steered text counts as more related
-RESAMPLES = 10_000  # of permutations
+PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for all features
+SUCCESS = 4  # the mean rating from which a text counts as more related to the explanation
+RESAMPLES = 10_000  # of permutation tests and of bootstrap intervals
 
 
-# ---------------------------------------------------------------------------------------------------
+@dataclass
+class Settings:
+    """All that decides the texts of a feature; by default as in the study."""
+
+    strength: list = field(default_factory=lambda: [5.0])  # see steering_vectors
+    mode: str = "fixed"  # what strength measures: "fixed", "rms" or "preact"
+    prompts: list = field(default_factory=lambda: list(PROMPTS))
+    new_tokens: int = 30
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_p: float = 0.9
+    steer_prompt: bool = False  # whether the prompt's positions are steered as well
+    seed: int = 0  # of the features chosen, the random draws and the control directions
+
+
+class Setup(NamedTuple):
+    """A language model, and an SAE of its residual stream after block `layer`."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    layer: int
+    sae: SAE
+    rms: float | None = None  # root mean square norm of the residual stream, for mode "rms"
+
+
+@dataclass
+class Text:
+    """One text and what was measured of it: a row of steering.json."""
+
+    feature: int
+    prompt: str
+    kind: str  # "original", "steered" or "control"
+    strength: float  # 0 for an original
+    text: str  # what was written after the prompt, up to an end of text
+    act: float  # mean activation of the feature where the unsteered model reads the text
+    perplexity: float  # of the text, for the unsteered model
+    promoted: float  # share of the ten most promoted tokens that are in the text
+    echo: float | None = None  # act minus that of the original; None for an original
+    ratings: dict = field(default_factory=dict)  # {judge: 1 to 5, or None for no usable answer}
+    explanation: str | None = None  # of the feature, as in autointerp.json
+    autointerp_score: float | None = None
+
+
+# --------------------------------------------------------------------------------------------------
 # Generate
 
 
-@torch.no_grad()
-def steering_vectors(sae, features, mode, strength, rms):
-    """What to add to the residual stream for each feature, [n, d_in]: its decoder direction, made as long as
+def random_generator(*key):
+    """A generator that depends on the key alone, such as (seed, feature, "control").
 
-    strength (fixed), strength times `rms`, the root mean square norm of the residual stream (rms), or as raises the
-    feature's own pre-activation by strength (preact; not a number where encoder and decoder point apart).
+    So what is drawn for a feature does not depend on which others are steered with it.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def encoder_gain(sae, features):
+    """What a step of length 1 along its decoder row adds to each feature's pre-activation: [n]."""
+    return (F.normalize(sae.W_dec[features]) * sae.W_enc.T[features]).sum(1)
+
+
+@torch.no_grad()
+def steering_vectors(sae, features, mode, strength, rms=None):
+    """What is added to the residual stream for each feature, along its decoder row: [n, d_in].
+
+    strength is, by mode, the length of the vector (fixed); its length in units of `rms`, the root
+    mean square norm of the residual stream (rms); or what it adds to the feature's own
+    pre-activation (preact), where the feature's encoder_gain must be positive.
     """
     direction = F.normalize(sae.W_dec[features])
-    if mode == "preact":
-        gain = (direction * sae.W_enc.T[features]).sum(1, keepdim=True)
-        return direction * torch.where(gain > 0, strength / gain, torch.nan)
-    return direction * strength * (rms if mode == "rms" else 1.0)
+    if mode == "fixed":
+        return strength * direction
+    if mode == "rms":
+        return strength * rms * direction
+    return strength / encoder_gain(sae, features)[:, None] * direction
+
+
+def control_vectors(features, seed, like):
+    """Random directions, each drawn from the seed and its feature, as long as those of `like`."""
+    rows = []
+    for feature in features:
+        rows.append(random_generator(seed, feature, "control").standard_normal(like.shape[1]))
+    directions = F.normalize(torch.from_numpy(np.stack(rows)).to(like))
+    return directions * like.norm(dim=1, keepdim=True)
 
 
 def sample(logits, uniform, temperature, top_p):
-    """Next tokens [n] from logits [n, vocabulary] by the inverse of the distribution function at uniform [n].
+    """Next tokens [n] from logits [n, vocabulary], of the likeliest that together reach top_p.
 
-    Of the likeliest tokens that together reach top_p; the same uniform number and logits give the same token.
+    By the inverse of the distribution function at uniform [n]: equal draws give equal tokens.
     """
     if temperature == 0:
         return logits.argmax(1)
     probability, tokens = (logits.float() / temperature).softmax(1).sort(1, descending=True)
-    below = probability.cumsum(1) - probability  # the probability of all likelier tokens
-    kept = torch.where(below < top_p, probability, 0).cumsum(1)
-    choice = (kept <= uniform[:, None] * kept[:, -1:]).sum(1, keepdim=True).clamp(max=kept.shape[1] - 1)
-    return tokens.gather(1, choice)[:, 0]
+    likelier = probability.cumsum(1) - probability  # the probability of all before this one
+    probability = torch.where(likelier < top_p, probability, 0)
+    cumulative = probability.cumsum(1)
+    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
+    chosen = chosen.clamp(max=tokens.shape[1] - 1)  # where rounding leads past the end
+    return tokens.gather(1, chosen)[:, 0]
+
+
+def add(vectors, resid):
+    """The residual stream with vectors added, in its own precision."""
+    return (resid + vectors).to(resid.dtype)
 
 
 @torch.no_grad()
-def generate(model, layer, prompt, vectors, uniform, temperature=0.7, top_p=0.9, steer_prompt=False):
-    """Continue `prompt` (a list of token ids) in n ways: token ids [n, steps], one row for each of vectors [n, d_in].
+def generate(model, layer, prompt, vectors, uniform, settings):
+    """Continue `prompt`, a list of token ids, along each of vectors [n, d_in]: ids [n, steps].
 
-    While a token is generated, its row's vector is added to the residual stream after block `layer` at the newest
-    position; at the prompt's positions only if steer_prompt. uniform [n, steps] are the random draws.
+    A row's vector is added to the residual stream after block `layer` at every position behind the
+    prompt (with steer_prompt at all positions). uniform [n, steps] are the random draws.
     """
-    cached = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older name
-    written, past = [], None
+    takes_cache = "cache" in inspect.signature(model.forward).parameters
+    cache_name = "cache" if takes_cache else "past_key_values"  # the older name
     tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
+    first_steered = 0 if settings.steer_prompt else len(prompt)
+    cache, n_cached = None, 0
     for step in range(uniform.shape[1]):
-        added = vectors[:, None] if past is not None or steer_prompt else 0.0
-        with spliced(model, layer, lambda resid, added=added: (resid + added).to(resid.dtype)):
-            out = model(input_ids=tokens, use_cache=True, **{cached: past})
-        past = out[cached]
-        tokens = sample(out.logits[:, -1], uniform[:, step], temperature, top_p)[:, None]
-        written.append(tokens)
-    return torch.cat(written, 1)
+        # Read what is not in the cache yet: the prompt, then one token at a time. Some recurrent
+        # models return no cache that they would take back: these read the whole text every time.
+        steered = torch.arange(n_cached, tokens.shape[1], device=tokens.device) >= first_steered
+        added = vectors[:, None] * steered[:, None]  # [n, positions read, d_in]
+        with spliced(model, layer, partial(add, added)):
+            if cache is None:
+                out = model(input_ids=tokens, use_cache=step == 0)
+            else:
+                new = tokens[:, n_cached:]
+                out = model(input_ids=new, use_cache=True, **{cache_name: cache})
+        cache = out.get(cache_name)
+        if cache is not None:
+            n_cached = tokens.shape[1]
+        next_tokens = sample(
+            out.logits[:, -1], uniform[:, step], settings.temperature, settings.top_p
+        )
+        tokens = torch.cat([tokens, next_tokens[:, None]], 1)
+    return tokens[:, len(prompt) :]
 
 
-def draws(seed, feature, prompt_number, steps):
-    """The random draws of one feature and prompt: they do not depend on what else is generated with it."""
-    return np.random.default_rng([seed, feature, prompt_number]).random(steps, dtype=np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Read back: measures that need no judge
 
 
-@torch.no_grad()
-def read_back(model, layer, sae, prompt, texts, features, eos=None):
-    """How the unsteered model reads texts [n, steps] after the prompt: for each its feature's mean activation, and
-    its perplexity, each over the tokens before the first end of text."""
-    found = []
+def before_end(tokens, ends):
+    """Which of tokens [n, steps] come before the first of `ends`, which end a text: bool."""
+    is_end = torch.isin(tokens, torch.tensor(sorted(ends), dtype=torch.long, device=tokens.device))
+    return is_end.cumsum(1) == 0
 
-    def keep(resid):
-        found.append(resid)
+
+@torch.no_grad()
+def read_back(setup, prompt, tokens, features, ends):
+    """Have the unsteered model read texts, tokens [n, steps], after the prompt.
+
+    Returns the mean activation of each text's own feature, [n], and the text's perplexity, [n],
+    over the tokens before the first that ends it; of a text that ends at once, over that one.
+    """
+    seen = []
+
+    def look(resid):
+        seen.append(resid)
         return resid
 
-    beginning = torch.tensor(prompt, device=texts.device).expand(len(texts), -1)
-    with spliced(model, layer, keep):
-        logits = model(input_ids=torch.cat([beginning, texts], 1), use_cache=False).logits
-    loss = F.cross_entropy(logits[:, len(prompt) - 1 : -1].float().transpose(1, 2), texts, reduction="none")
-    x, own = found[0][:, len(prompt) :].flatten(0, 1).float(), features.repeat_interleave(texts.shape[1])[:, None]
-    # All d_sae activations exist for a few thousand tokens at a time only
-    acts = torch.cat([sae.encode(a).gather(1, feature) for a, feature in zip(x.split(4096), own.split(4096))])
-    acts = acts.view(texts.shape)
-    counted = before_end(texts, eos).float()
-    n = counted.sum(1)
-    return (acts * counted).sum(1) / n, ((loss * counted).sum(1) / n).exp()
-
-
-def before_end(texts, eos):
-    """Which tokens of texts [n, steps] come before the first end of text; of a text that ends at once, that end."""
-    counted = (texts == (-1 if eos is None else eos)).cumsum(1) == 0
+    beginning = torch.tensor(prompt, device=tokens.device).expand(len(tokens), -1)
+    with spliced(setup.model, setup.layer, look):
+        logits = setup.model(input_ids=torch.cat([beginning, tokens], 1), use_cache=False).logits
+    # What stands at a position is about the token after it: [n, steps, vocabulary].
+    log_p = logits[:, len(prompt) - 1 : -1].float().log_softmax(2)
+    loss = -log_p.gather(2, tokens[..., None])[..., 0]  # [n, steps]
+    x = seen[0][:, len(prompt) :].flatten(0, 1).float()  # [n * steps, d_in]
+    own = torch.tensor(features, device=x.device).repeat_interleave(tokens.shape[1])[:, None]
+    # All d_sae activations exist for a few thousand tokens at a time only.
+    parts = zip(x.split(4096), own.split(4096))
+    acts = torch.cat([setup.sae.encode(part).gather(1, feature) for part, feature in parts])
+    counted = before_end(tokens, ends)
     counted[:, 0] = True
-    return counted
-
-
-def final_norm(model):
-    """The normalisation before the unembedding: the last one outside the blocks, whatever the family calls it."""
-    inside = {*blocks(model).modules()}
-    return [m for m in model.base_model.modules() if "norm" in type(m).__name__.lower() and m not in inside][-1]
+    n_counted = counted.sum(1)
+    mean_act = (acts.view(tokens.shape) * counted).sum(1) / n_counted
+    perplexity = ((loss * counted).sum(1) / n_counted).exp()
+    return mean_act, perplexity
 
 
 @torch.no_grad()
-def promoted_tokens(model, directions, k):
-    """The k tokens that each direction [n, d_in] raises most, through the final norm and unembedding: [n, k]."""
+def promoted_tokens(model, directions, k=10):
+    """The k tokens [n, k] that directions [n, d_in] raise most, by final norm and unembedding."""
     unembed = model.get_output_embeddings()
     return unembed(final_norm(model)(directions.to(unembed.weight.dtype))).topk(k, dim=1).indices
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run: every feature, prompt and strength
 
 
-def steer_run(sae, model, tokenizer, layer, features, args, rms, progress):
-    """All texts and measures of an SAE: the rows of steering.json, without ratings."""
-    device, eos, rows = next(model.parameters()).device, tokenizer.eos_token_id, []
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = F.normalize(torch.randn(len(features), sae.d_in, generator=generator)).to(device)
-    for start in range(0, len(features), args.batch_size):
-        some = torch.tensor(features[start : start + args.batch_size], device=device)
-        random, promoted = noise[start : start + len(some)], promoted_tokens(model, sae.W_dec[some], 10)
-        for number, prompt in enumerate(args.prompts):
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            uniform = np.stack([draws(args.seed, feature, number, args.new_tokens) for feature in some.tolist()])
-            uniform = torch.from_numpy(uniform).to(device)
-
-            def write(vectors, ids=ids, uniform=uniform, some=some, promoted=promoted):
-                """What is written along vectors [n, d_in], and its measures: for each text a dict."""
-                texts = generate(model, layer, ids, vectors, uniform, args.temperature, args.top_p, args.steer_prompt)
-                acts, perplexity = read_back(model, layer, sae, ids, texts, some, eos)
-                counted = before_end(texts, eos)
-                said = torch.where(counted, texts, -1)[:, None]
-                share = (promoted[..., None] == said).any(2).float().mean(1)
-                strings = [tokenizer.decode(text[kept]) for text, kept in zip(texts, counted)]
-                names = ("text", "act", "perplexity", "promoted")
-                columns = (strings, acts.tolist(), perplexity.tolist(), share.tolist())
-                return [dict(zip(names, values)) for values in zip(*columns)]
-
-            originals = write(torch.zeros_like(random))
-            for strength in args.strength:
-                vectors = steering_vectors(sae, some, args.mode, strength, rms)
-                works = vectors.isfinite().all(1)  # else the encoder of the feature does not see its decoder
-                vectors = torch.where(works[:, None], vectors, 0.0)
-                controls = write(random * vectors.norm(dim=1, keepdim=True))
-                texts = zip(some.tolist(), originals, write(vectors), controls)
-                for feature, original, steered, control in itertools.compress(texts, works.tolist()):
-                    row = {"feature": feature, "prompt": prompt, "strength": strength}
-                    row |= {"original": original["text"], "perplexity_original": original["perplexity"]}
-                    for name, text, kind in (("steered", steered, ""), ("control", control, "_control")):
-                        row |= {name: text["text"], "echo" + kind: text["act"] - original["act"], "ratings" + kind: {}}
-                        row |= {"perplexity" + kind: text["perplexity"], "promoted" + kind: text["promoted"]}
-                    rows.append(row)
-                progress.update(len(some))
-    return rows
+def write_texts(setup, settings, features, prompt, kind, strength, vectors):
+    """Write and measure a text for each feature, along vectors [n, d_in]: a list of Text."""
+    model, tokenizer = setup.model, setup.tokenizer
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    draws = []
+    for feature in features:
+        generator = random_generator(settings.seed, feature, prompt, "draws")
+        draws.append(generator.random(settings.new_tokens, dtype=np.float32))
+    uniform = torch.from_numpy(np.stack(draws)).to(vectors.device)
+    tokens = generate(model, setup.layer, prompt_ids, vectors, uniform, settings)
+    ends = end_tokens(model, tokenizer)
+    acts, perplexity = read_back(setup, prompt_ids, tokens, features, ends)
+    written = before_end(tokens, ends)
+    promoted = promoted_tokens(model, setup.sae.W_dec[features]).tolist()
+    texts = []
+    for i, feature in enumerate(features):
+        ids = tokens[i][written[i]].tolist()
+        _, text = decode_parts(tokenizer, [prompt_ids, ids])
+        share = np.mean([token in ids for token in promoted[i]])
+        measures = {"act": acts[i].item(), "perplexity": perplexity[i].item()}
+        texts.append(Text(feature, prompt, kind, strength, text, promoted=float(share), **measures))
+    return texts
 
 
-def choose(sae, folder, args):
-    """The features to steer and {feature: (explanation, score)}: those of autointerp.json, else random alive ones."""
-    path, scores = Path(folder) / "autointerp.json", {}
-    if path.exists():
-        found = read_json(path)
-        if found.get("sae") != evaluate.fingerprint(folder):
-            raise UserError(f"{path}: is of another SAE than the one in its folder: repeat evaluate.py autointerp")
-        try:
-            scores = {int(row["feature"]): (row["explanation"], row["score"]) for row in found["features"]}
-            if not {*scores} <= {*range(sae.d_sae)}:
-                raise ValueError
-        except (LookupError, TypeError, ValueError):
-            raise UserError(f"{path}: not as evaluate.py autointerp writes it, so repeat that") from None
-    among = evaluate.alive_by_weight(sae)
-    if scores:
-        among = torch.tensor([feature in scores for feature in range(sae.d_sae)])
-    return evaluate.choose_features(args, folder, among), scores
+def steer_run(setup, features, settings, batch_size=256, progress=None):
+    """All texts of features of an SAE, measured but not rated: a list of Text.
+
+    progress, a tqdm bar, advances by one for each feature and prompt.
+    """
+    sae = setup.sae
+    texts = []
+    for start in range(0, len(features), batch_size):
+        batch = features[start : start + batch_size]
+        for prompt in settings.prompts:
+            nothing = torch.zeros_like(sae.W_dec[batch])
+            originals = write_texts(setup, settings, batch, prompt, "original", 0.0, nothing)
+            texts += originals
+            for strength in settings.strength:
+                steered = steering_vectors(sae, batch, settings.mode, strength, setup.rms)
+                control = control_vectors(batch, settings.seed, like=steered)
+                for kind, vectors in (("steered", steered), ("control", control)):
+                    some = write_texts(setup, settings, batch, prompt, kind, strength, vectors)
+                    for text, original in zip(some, originals):
+                        text.echo = text.act - original.act
+                    texts += some
+            if progress is not None:
+                progress.update(len(batch))
+    return texts
 
 
-# ---------------------------------------------------------------------------------------------------
-# Rate: the judge
+# --------------------------------------------------------------------------------------------------
+# Rate: a judge compares each steered or control text with its original
 
 RATE = """\
-A language model was steered towards something, which somebody describes so: {explanation}
-Here are two texts. Which is more related to the description? Reply with one number and nothing else:
-1 if text A clearly is, 2 if text A rather is, 3 if neither or both are, 4 if text B rather is, 5 if text B clearly is.
+A feature inside a language model is active on some tokens and silent on all others. This is a
+description of when it is active:
+{explanation}
+
+Below are two texts, A and B, which begin with the same words. Which of them is more closely related
+to the description? Rate this from 1 to 5:
+
+1: text A, clearly
+2: text A, slightly
+3: both equally, or neither
+4: text B, slightly
+5: text B, clearly
+
+Go by what the texts say and how they say it, not by how well they are written.
 
 {fence}
+
 BEGIN DATA
 text A: {a}
 text B: {b}
-END DATA"""
+END DATA
+
+Reply with a single line that begins with "ANSWER:", followed by one number from 1 to 5. Write
+nothing else."""
 
 
-def parse_rating(text):
-    """A rating from 1 to 5, alone on the last line; else None."""
-    line = evaluate.last_line(text).rstrip(".")
-    return int(line) if line in ("1", "2", "3", "4", "5") else None
+def parse_rating(reply):
+    """The rating in a judge's reply, 1 to 5; None where the answer is anything else."""
+    answer = (evaluate.answer_line(reply) or "").strip(" \t*_`\"'<>()[].")
+    return int(answer) if answer in ("1", "2", "3", "4", "5") else None
 
 
-def rating_question(row, name, swap):
-    """The prompt that compares a row's `name` text with the original, which is text A unless swapped; and a parser
-    that turns the answer back, so that 5 always means the steered text."""
-    texts = [json.dumps(row["prompt"] + row[key], ensure_ascii=False) for key in ("original", name)]
-    a, b = reversed(texts) if swap else texts
-    explanation = json.dumps(row["explanation"], ensure_ascii=False)
-    prompt = RATE.format(explanation=explanation, fence=evaluate.FENCE, a=a, b=b)
-
-    def parse(text):
-        rating = parse_rating(text)
-        return 6 - rating if swap and rating else rating
-
-    return prompt, parse
+def parse_swapped_rating(reply):
+    """The same where the original was text B: turned round, so that 5 is for the other text."""
+    rating = parse_rating(reply)
+    return None if rating is None else 6 - rating
 
 
-def rating_questions(rows, args):
-    """For the rows whose feature has an explanation: (row, the field its rating goes to, prompt, parser).
+def rating_question(text, original, swap):
+    """The prompt about a text and its original, which is text A unless swapped; and its parser."""
+    explanation, a, b = (
+        json.dumps(string, ensure_ascii=False)
+        for string in (text.explanation, original.prompt + original.text, text.prompt + text.text)
+    )
+    if swap:
+        prompt = RATE.format(explanation=explanation, fence=evaluate.FENCE, a=b, b=a)
+        return prompt, parse_swapped_rating
+    return RATE.format(explanation=explanation, fence=evaluate.FENCE, a=a, b=b), parse_rating
 
-    The order of the texts is drawn from the row alone, so that repeating the command asks the same questions.
+
+def rate(texts, judges, seed, fixed_order=False, concurrency=16):
+    """Have every judge rate all steered and control texts whose feature has an explanation.
+
+    The order of two texts is drawn from the text alone, so that the same command, or one for more
+    features, asks the same questions, whose answers a Judge remembers.
     """
-    for row in rows:
-        for name, field in (("steered", "ratings"), ("control", "ratings_control")):
-            if row["explanation"]:
-                # The last number keeps these draws apart from those of the text itself
-                place = [args.seed, row["feature"], args.prompts.index(row["prompt"]), 2 + (name == "control")]
-                swap = not args.fixed_order and np.random.default_rng(place).random() < 0.5
-                yield row, field, *rating_question(row, name, swap)
-
-
-def rate(rows, judges, args):
-    """Have every judge rate every steered and control text of explained features; None where no answer made sense."""
-    questions = list(rating_questions(rows, args))
+    originals = {(text.feature, text.prompt): text for text in texts if text.kind == "original"}
+    rated = [text for text in texts if text.kind != "original" and text.explanation]
+    questions = []
+    for text in rated:
+        key = (seed, text.feature, text.prompt, text.kind, text.strength, "order")
+        swap = not fixed_order and random_generator(*key).random() < 0.5
+        questions.append(rating_question(text, originals[text.feature, text.prompt], swap))
     for judge in judges:
-        asked = [question[2:] for question in questions]
-        answers = evaluate.ask_all(judge, asked, f"rating by {judge.model}", args.concurrency)
-        for (row, field, *_), (rating, _) in zip(questions, answers):
-            row[field][judge.model] = rating
+        answers = evaluate.ask_all(judge, questions, f"rating by {judge.model}", concurrency)
+        for text, (rating, _) in zip(rated, answers):
+            text.ratings[judge.model] = rating
 
 
-# ---------------------------------------------------------------------------------------------------
-# Compare
+# --------------------------------------------------------------------------------------------------
+# Compare. An outcome is a function of a text: 1.0, 0.0, or None where nobody rated it.
 
 
-def success_of(row, kind=""):
-    """Whether the judges' mean rating is a success, of the control with `kind` "_control": 1.0 or 0.0; None unrated."""
-    ratings = [rating for rating in row["ratings" + kind].values() if rating is not None]
+def success(text):
+    """Whether the judges find the text more related to the explanation than its original."""
+    ratings = [rating for rating in text.ratings.values() if rating is not None]
     return float(np.mean(ratings) >= SUCCESS) if ratings else None
 
 
-def echoes(row, kind=""):
-    """Whether the model, reading the text, sees more of the feature than in its own: 1.0 or 0.0; `kind` as above."""
-    return float(row["echo" + kind] > 0)
+def echoes(text):
+    """Whether the model, reading the text, sees more of the feature than in the original."""
+    return float(text.echo > 0)
+
+
+def outcomes(texts, kind, outcome):
+    """The outcomes of the texts of one kind, without the Nones."""
+    values = [outcome(text) for text in texts if text.kind == kind]
+    return [value for value in values if value is not None]
 
 
 def rate_with_interval(values):
-    """A rate of 1.0 and 0.0 values, without the Nones, with its 95% Wilson interval: {"rate", "interval", "n"}."""
-    values = [value for value in values if value is not None]
+    """The mean of outcomes, with its 95% Wilson interval, and how many they are."""
     if not values:
         return {"rate": None, "interval": None, "n": 0}
     found = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
     return {"rate": float(np.mean(values)), "interval": [found.low, found.high], "n": len(values)}
 
 
-def over_control(outcome):
-    """The outcome of a text minus that of the random direction's text: what is due to the feature."""
+def by_feature(texts, kind, outcome):
+    """{feature: mean outcome of its texts of one kind}.
 
-    def excess(row):
-        steered, control = outcome(row), outcome(row, "_control")
-        return None if steered is None or control is None else steered - control
+    The texts of a feature depend on each other, features do not: those are tested and resampled.
+    """
+    values = {}
+    for text in texts:
+        if text.kind == kind and outcome(text) is not None:
+            values.setdefault(text.feature, []).append(outcome(text))
+    return {feature: float(np.mean(some)) for feature, some in values.items()}
 
-    return excess
+
+def beside_control(texts, outcome):
+    """The mean outcome of each feature's steered texts and of its controls: [features, 2]."""
+    steered, control = (by_feature(texts, kind, outcome) for kind in ("steered", "control"))
+    pairs = [(steered[feature], control[feature]) for feature in steered if feature in control]
+    return np.array(pairs).reshape(-1, 2)
 
 
-def by_feature(rows, outcome):
-    """{feature: mean outcome of its texts}: those are not independent, but features are."""
-    found = {}
-    for row in rows:
-        if outcome(row) is not None:
-            found.setdefault(row["feature"], []).append(outcome(row))
-    return {feature: float(np.mean(values)) for feature, values in found.items()}
+def with_interval(value, resampled):
+    """A figure and the middle 95% of its resampled values; None for what is not finite."""
+    resampled = np.sort(resampled[~np.isnan(resampled)])
+    tail = int(0.025 * len(resampled))
+    low, high = (resampled[tail], resampled[-1 - tail]) if len(resampled) else (np.nan, np.nan)
+    value, low, high = (float(n) if np.isfinite(n) else None for n in (value, low, high))
+    return {"value": value, "interval": [low, high]}
+
+
+def rates_by_feature(texts, outcome):
+    """What steering achieves beside random directions; None where nothing has an outcome.
+
+    Means over `features`, each {"value", "interval"}: steered; control, of random directions;
+    their difference; their ratio, null where no control succeeds. The 95% intervals are those of a
+    bootstrap over features.
+    """
+    pairs = beside_control(texts, outcome)
+    if len(pairs) == 0:
+        return None
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        means.append(pairs[generator.integers(len(pairs), size=len(pairs))].mean(0))
+    steered, control = np.array([pairs.mean(0), *means]).T  # the figures first, then resampled
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = steered / control
+    difference = steered - control
+    return {
+        "features": len(pairs),
+        "steered": with_interval(steered[0], steered[1:]),
+        "control": with_interval(control[0], control[1:]),
+        "difference": with_interval(difference[0], difference[1:]),
+        "ratio": with_interval(ratio[0], ratio[1:]),
+    }
+
+
+def mean_difference(a, b, axis=-1):
+    return a.mean(axis) - b.mean(axis)
 
 
 def permutation_test(a, b):
-    """p of the difference of two settings' means over features, each {feature: value}, when features change places."""
-
-    def difference(a, b, axis=-1):
-        return a.mean(axis) - b.mean(axis)
-
-    values = [np.array([*means.values()]) for means in (a, b)]
-    if min(map(len, values)) < 2 or np.ptp(np.concatenate(values)) == 0:
-        return 1.0  # nothing to tell
-    found = stats.permutation_test(
-        values, difference, n_resamples=RESAMPLES, batch=1000, vectorized=True, random_state=np.random.default_rng(0)
-    )
+    """p of the difference of the means of a and b, one value a feature, if they change sides."""
+    if min(len(a), len(b)) < 2 or np.ptp(np.concatenate([a, b])) == 0:
+        return 1.0  # nothing differs
+    options = {"n_resamples": RESAMPLES, "batch": 1000, "random_state": np.random.default_rng(0)}
+    found = stats.permutation_test((a, b), mean_difference, vectorized=True, **options)
     return float(found.pvalue)
 
 
 def line_through(x, y):
-    """{n, r, p, interval (95%), slope, slope_error} of y over x; None where there is no spread."""
+    """Correlation and regression of y over x, two lists; None where either does not vary.
+
+    r with its p and 95% interval, the slope and its standard error, n.
+    """
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     line = stats.linregress(x, y)
-    found = {"r": line.rvalue, "p": line.pvalue, "slope": line.slope, "slope_error": line.stderr}
-    interval = stats.pearsonr(x, y).confidence_interval(0.95)
-    return {"n": len(x), "interval": [*map(float, interval)]} | {name: float(v) for name, v in found.items()}
+    low, high = stats.pearsonr(x, y).confidence_interval(0.95)
+    return {
+        "n": len(x),
+        "r": float(line.rvalue),
+        "p": float(line.pvalue),
+        "interval": [float(low), float(high)],
+        "slope": float(line.slope),
+        "slope_error": float(line.stderr),
+    }
 
 
-def correlation(rows, outcome):
-    """How auto-interp scores go with an outcome: point-biserial r over texts, as the study has it, with Spearman's; and
-    by_feature, over features with the means of their texts, which are independent. None where there is no spread."""
-    rows = [row for row in rows if row["autointerp_score"] is not None and outcome(row) is not None]
-    scores, values = [row["autointerp_score"] for row in rows], [outcome(row) for row in rows]
-    found = line_through(scores, values)
-    if found is None:
+def correlation(texts, outcome):
+    """Do auto-interp scores predict the outcome of steered texts? None where either is constant.
+
+    by_text: line_through over texts, where r is the study's point-biserial correlation; spearman,
+    of ranks, likewise; by_feature: line_through over features, with the mean outcome of each.
+    """
+    texts = [text for text in texts if text.kind == "steered" and outcome(text) is not None]
+    texts = [text for text in texts if text.autointerp_score is not None]
+    scores, values = [text.autointerp_score for text in texts], [outcome(text) for text in texts]
+    by_text = line_through(scores, values)
+    if by_text is None:
         return None
-    spearman, means = stats.spearmanr(scores, values), by_feature(rows, outcome)
-    score_of = {row["feature"]: row["autointerp_score"] for row in rows}
-    found |= {"spearman": float(spearman.statistic), "spearman_p": float(spearman.pvalue)}
-    return found | {"by_feature": line_through([score_of[feature] for feature in means], [*means.values()])}
+    ranks = stats.spearmanr(scores, values)
+    score_of = {text.feature: text.autointerp_score for text in texts}
+    means = by_feature(texts, "steered", outcome)
+    return {
+        "by_text": by_text,
+        "spearman": {"r": float(ranks.statistic), "p": float(ranks.pvalue)},
+        "by_feature": line_through([score_of[feature] for feature in means], list(means.values())),
+    }
 
 
 def z_test(difference, error):
-    """{"z", "p"} of a difference with a standard error; None where there is no error to compare it with."""
+    """{"z", "p"} of a difference with a standard error; None where there is no such error."""
     if not (np.isfinite(difference) and np.isfinite(error) and error > 0):
         return None
     z = difference / error
@@ -364,282 +529,514 @@ def z_test(difference, error):
 
 
 def lines_differ(first, second):
-    """Whether two of line_through have other correlations (Fisher's z) and other slopes: each {"z", "p"}."""
-    if not (first and second) or max(abs(first["r"]), abs(second["r"])) >= 1:
+    """Do two of line_through differ in their correlations (Fisher's z), and in their slopes?"""
+    if first is None or second is None or max(abs(first["r"]), abs(second["r"])) >= 1:
         return None
-    apart = np.arctanh(second["r"]) - np.arctanh(first["r"])
-    steeper, errors = second["slope"] - first["slope"], (first["slope_error"], second["slope_error"])
-    correlations = z_test(apart, sum(1 / (line["n"] - 3) for line in (first, second)) ** 0.5)
-    return {"correlations": correlations, "slopes": z_test(steeper, np.hypot(*errors))}
+    z_difference = np.arctanh(second["r"]) - np.arctanh(first["r"])
+    z_error = np.sqrt(1 / (first["n"] - 3) + 1 / (second["n"] - 3))
+    slope_error = np.hypot(first["slope_error"], second["slope_error"])
+    return {
+        "correlations": z_test(z_difference, z_error),
+        "slopes": z_test(second["slope"] - first["slope"], slope_error),
+    }
+
+
+def chi_squared(a, b):
+    """The study's test of two lists of outcomes, as if independent, with Yates' correction."""
+    counts = np.array([[sum(values), len(values) - sum(values)] for values in (a, b)])
+    if not counts.sum(0).all():
+        return None  # all succeed, or none
+    found = stats.chi2_contingency(counts)
+    return {"statistic": float(found.statistic), "p": float(found.pvalue)}
 
 
 def compare(a, b, outcome):
-    """Two settings' rows at one strength: do their rates, and their correlations with auto-interp scores, differ?
+    """Do two settings differ? a and b are their texts of one strength. None without outcomes.
 
-    chi_squared is over texts (Yates' correction, as the study has it), permutation over features. over_control: the
-    same of what each setting achieves beyond random directions, since those may differ between settings too.
+    rates, n: of the steered texts of both; chi_squared: of texts, as in the study;
+    permutation_p: of the means of features; over_control: the same for what each feature achieves
+    beyond its random direction, since those, too, may succeed more often in one setting;
+    correlations: of auto-interp scores with the outcome, in both; differ, differ_by_feature:
+    whether these differ, over texts and over features.
     """
-    values = [[outcome(row) for row in rows if outcome(row) is not None] for rows in (a, b)]
-    if not all(values):
+    values_a, values_b = (outcomes(texts, "steered", outcome) for texts in (a, b))
+    if not values_a or not values_b:
         return None
-    counts = np.array([[sum(v), len(v) - sum(v)] for v in values])
-    result = {"rates": [float(np.mean(v)) for v in values], "n": [len(v) for v in values], "chi_squared": None}
-    if counts.sum(0).all():
-        chi = stats.chi2_contingency(counts)
-        result["chi_squared"] = {"statistic": float(chi.statistic), "p": float(chi.pvalue)}
-    result["permutation_p"] = permutation_test(by_feature(a, outcome), by_feature(b, outcome))
-    excess = [by_feature(rows, over_control(outcome)) for rows in (a, b)]
-    if all(excess):
-        means = [float(np.mean([*found.values()])) for found in excess]
-        result["over_control"] = {"differences": means, "permutation_p": permutation_test(*excess)}
-    first, second = result["correlations"] = [correlation(rows, outcome) for rows in (a, b)]
+    means_a, means_b = (by_feature(texts, "steered", outcome) for texts in (a, b))
+    pairs_a, pairs_b = beside_control(a, outcome), beside_control(b, outcome)
+    over_control = None
+    if len(pairs_a) and len(pairs_b):
+        excess_a, excess_b = pairs_a[:, 0] - pairs_a[:, 1], pairs_b[:, 0] - pairs_b[:, 1]
+        over_control = {
+            "differences": [excess_a.mean(), excess_b.mean()],
+            "permutation_p": permutation_test(excess_a, excess_b),
+        }
+    first, second = correlation(a, outcome), correlation(b, outcome)
+    differ, differ_by_feature = None, None
     if first and second:
-        result["differ"] = lines_differ(first, second)
-        result["differ_by_feature"] = lines_differ(first["by_feature"], second["by_feature"])
-    return result
+        differ = lines_differ(first["by_text"], second["by_text"])
+        differ_by_feature = lines_differ(first["by_feature"], second["by_feature"])
+    return {
+        "rates": [float(np.mean(values_a)), float(np.mean(values_b))],
+        "n": [len(values_a), len(values_b)],
+        "chi_squared": chi_squared(values_a, values_b),
+        "permutation_p": permutation_test(list(means_a.values()), list(means_b.values())),
+        "over_control": over_control,
+        "correlations": [first, second],
+        "differ": differ,
+        "differ_by_feature": differ_by_feature,
+    }
+
+
+def squared_differences(values):
+    """The sum of the squared differences over all ordered pairs of values."""
+    return 2 * (len(values) * (values**2).sum() - values.sum() ** 2)
 
 
 def krippendorff_alpha(units):
-    """Agreement of any number of judges, interval scale: `units` is a list of the ratings that each text has.
+    """Agreement of judges, interval scale: `units` is a list of the ratings that each text has.
 
-    1 - (observed disagreement) / (that of ratings paired at random); texts with one rating say nothing.
+    1 - (observed disagreement) / (that of ratings paired at random). A text with one rating says
+    nothing. None where no text has two, or where all ratings are equal.
     """
-    units = [np.asarray(unit, dtype=float) for unit in units if len(unit) > 1]
+    units = [np.array(unit, dtype=float) for unit in units if len(unit) > 1]
     if not units:
         return None
-    every = np.concatenate(units)
-    n = len(every)
-
-    def pairs(values):  # sum of squared differences over ordered pairs
-        return 2 * (len(values) * (values**2).sum() - values.sum() ** 2)
-
-    observed = sum(pairs(unit) / (len(unit) - 1) for unit in units) / n
-    expected = pairs(every) / (n * (n - 1))
+    ratings = np.concatenate(units)
+    n = len(ratings)
+    observed = sum(squared_differences(unit) / (len(unit) - 1) for unit in units) / n
+    expected = squared_differences(ratings) / (n * (n - 1))
     return float(1 - observed / expected) if expected > 0 else None
 
 
-def agreement(rows):
-    """Krippendorff's alpha of all ratings, where there are several judges."""
-    rated = [row[field] for row in rows for field in ("ratings", "ratings_control")]
-    units = [[rating for rating in ratings.values() if rating is not None] for ratings in rated]
-    return {"krippendorff_alpha": krippendorff_alpha(units)} if any(len(ratings) > 1 for ratings in rated) else {}
+def summarise(texts):
+    """The summary of steering.json: for each strength a dict.
+
+    texts, features, explained: how many steered texts, their features, and of those with an
+    explanation; success, echoes, and _control: rates over texts, with Wilson intervals;
+    success_of_all: where features without an explanation count as failures; success_by_feature,
+    echoes_by_feature: see rates_by_feature; echo, promoted, and _control: means over texts;
+    perplexity, and _control, _original: medians; autointerp_correlation: of scores with success, or
+    with echoes where nothing was rated; krippendorff_alpha: agreement of several judges.
+    """
+    original_perplexity = [text.perplexity for text in texts if text.kind == "original"]
+    entries = []
+    for strength in dict.fromkeys(text.strength for text in texts if text.kind != "original"):
+        some = [text for text in texts if text.kind != "original" and text.strength == strength]
+        steered = [text for text in some if text.kind == "steered"]
+        control = [text for text in some if text.kind == "control"]
+        rated = outcomes(steered, "steered", success)
+        failures = [0.0 for text in steered if text.explanation is None]
+        ratings = []  # of each text
+        for text in some:
+            ratings.append([rating for rating in text.ratings.values() if rating is not None])
+        entry = {
+            "strength": strength,
+            "texts": len(steered),
+            "features": len({text.feature for text in steered}),
+            "explained": len({text.feature for text in steered if text.explanation}),
+            "success": rate_with_interval(rated),
+            "success_control": rate_with_interval(outcomes(control, "control", success)),
+            "success_of_all": rate_with_interval(rated + failures if rated else []),
+            "success_by_feature": rates_by_feature(some, success),
+            "echoes": rate_with_interval(outcomes(steered, "steered", echoes)),
+            "echoes_control": rate_with_interval(outcomes(control, "control", echoes)),
+            "echoes_by_feature": rates_by_feature(some, echoes),
+            "echo": float(np.mean([text.echo for text in steered])),
+            "echo_control": float(np.mean([text.echo for text in control])),
+            "promoted": float(np.mean([text.promoted for text in steered])),
+            "promoted_control": float(np.mean([text.promoted for text in control])),
+            "perplexity": float(np.median([text.perplexity for text in steered])),
+            "perplexity_control": float(np.median([text.perplexity for text in control])),
+            "perplexity_original": float(np.median(original_perplexity)),
+            "autointerp_correlation": correlation(steered, success if rated else echoes),
+            "krippendorff_alpha": krippendorff_alpha(ratings),
+        }
+        entries.append(entry)
+    return entries
 
 
-def summarise(rows):
-    """The summary of steering.json, one entry a strength."""
-    result = []
-    for strength in dict.fromkeys(row["strength"] for row in rows):
-        some = [row for row in rows if row["strength"] == strength]
-        entry = {"strength": strength, "texts": len(some), "features": len({row["feature"] for row in some})}
-        entry["explained"] = len({row["feature"] for row in some if row["explanation"]})
-        for name in ("echo", "echo_control", "promoted", "promoted_control"):
-            entry[name] = float(np.mean([row[name] for row in some]))
-        for name in ("perplexity", "perplexity_control", "perplexity_original"):
-            entry[name] = float(np.median([row[name] for row in some]))
-        for name, outcome in (("echoes", echoes), ("success", success_of)):
-            for kind in ("", "_control"):
-                entry[name + kind] = rate_with_interval([outcome(row, kind) for row in some])
-        # A feature that nobody could explain leaves the sample; counted as a failure, it stays
-        counted = [success_of(row) if row["explanation"] else 0.0 for row in some]
-        entry["success_of_all"] = rate_with_interval(counted if entry["success"]["n"] else [])
-        outcome = success_of if entry["success"]["n"] else echoes
-        entry["autointerp_correlation"] = correlation(some, outcome)
-        result.append(entry | {"agreement": agreement(some)})
-    return result
+# ==================================================================================================
+# Machinery
+# ==================================================================================================
+#
+# Tables and pictures
 
 
-# ---------------------------------------------------------------------------------------------------
-# Tables and figures
+class Result(NamedTuple):
+    """A run in the report."""
+
+    label: str
+    texts: list  # of Text
+    summary: list  # of `summarise`
 
 
-def table(runs):
-    """One line for each run and strength."""
-    lines = [("run", "strength", "features", "success", "control", "echoes", "control", "echo", "promoted", "control")]
-    lines[0] += ("perplexity", "control", "unsteered")
-    for label, _, summary in runs:
-        for e in summary:
-            cells = [label, f"{e['strength']:g}", str(e["features"])]
-            for name in ("success", "success_control", "echoes", "echoes_control"):
-                rate, interval = e[name]["rate"], e[name]["interval"]
-                cells.append("-" if rate is None else "{:.3f} [{:.3f}, {:.3f}]".format(rate, *interval))
-            cells += [f"{e['echo']:.3g}", f"{e['promoted']:.3f}", f"{e['promoted_control']:.3f}"]
-            cells += [f"{e[name]:.0f}" for name in ("perplexity", "perplexity_control", "perplexity_original")]
-            lines.append(tuple(cells))
+def cell(figure):
+    """A figure of rates_by_feature with its interval, such as "0.13 [0.10, 0.16]"."""
+    value, low, high = (
+        "-" if number is None else f"{number:.2f}"
+        for number in (figure["value"], *figure["interval"])
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def table(results, outcome):
+    """One line for each run and strength: rates over features, beside random directions."""
+    head = ["run", "strength", "features", outcome.__name__, "random", "difference", "ratio"]
+    head += ["promoted", "random", "perplexity", "random", "original"]
+    lines = [head]
+    for result in results:
+        for entry in result.summary:
+            rates = entry[f"{outcome.__name__}_by_feature"]
+            cells = [result.label, f"{entry['strength']:g}"]
+            if rates is None:
+                cells += ["-", "-", "-", "-", "-"]
+            else:
+                cells.append(str(rates["features"]))
+                for name in ("steered", "control", "difference", "ratio"):
+                    cells.append(cell(rates[name]))
+            for name in ("promoted", "promoted_control"):
+                cells.append(f"{entry[name]:.3f}")
+            for name in ("perplexity", "perplexity_control", "perplexity_original"):
+                cells.append(f"{entry[name]:.0f}")
+            lines.append(cells)
     return evaluate.markdown(lines)
 
 
-def plot_rates(runs, judged):
-    """Success (or, unjudged, echo) rates with 95% intervals, steered and control, for each run over strengths; and
-    against perplexity, what steering costs."""
-    name = "success" if judged else "echoes"
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+OUTCOME_TITLES = {success: "success rate", echoes: "share of texts that echo the feature"}
+
+
+def plot_rates(results, outcome):
+    """Rates over strengths, and over the cost in perplexity, beside random directions."""
+    figure = evaluate.new_figure(4)
     left, right = figure.subplots(1, 2, sharey=True)
-    for colour, (label, _, summary) in enumerate(runs):
-        summary = [entry for entry in summary if entry[name]["rate"] is not None]
-        x = np.arange(len(summary)) + 0.06 * colour
-        for kind, style in (("", "o-"), ("_control", "o:")):
-            rates = np.array([entry[name + kind]["rate"] for entry in summary])
-            ends = np.array([entry[name + kind]["interval"] for entry in summary]).reshape(-1, 2).T
-            shown = f"{label}{kind.replace('_', ', ')}"
-            left.errorbar(x, rates, np.abs(ends - rates), fmt=style, color=f"C{colour}", label=shown, capsize=2)
-            costs = [entry["perplexity" + kind] / entry["perplexity_original"] for entry in summary]
-            right.plot(costs, rates, style, color=f"C{colour}")
-        left.set_xticks(range(len(summary)), [f"{entry['strength']:g}" for entry in summary])
-    title = "success rate" if judged else "share of texts that echo the feature"
-    left.set(xlabel="strength", ylabel=title, ylim=(0, None))
-    right.set(xlabel="perplexity, times that of unsteered text", xscale="log")
-    ticks = [2**n for n in range(-2, 12) if right.get_xlim()[0] <= 2**n <= right.get_xlim()[1]]
-    right.set_xticks(ticks, map(str, ticks))
+    strengths = sorted({entry["strength"] for result in results for entry in result.summary})
+    for number, result in enumerate(results):
+        left.plot([], [], color=f"C{number}", label=result.label)
+        for kind, cost, style in (
+            ("steered", "perplexity", "o-"),
+            ("control", "perplexity_control", "o:"),
+        ):
+            x, rates, below, above, costs = [], [], [], [], []
+            for entry in result.summary:
+                found = entry[f"{outcome.__name__}_by_feature"]
+                if found is None:
+                    continue
+                rate, (low, high) = found[kind]["value"], found[kind]["interval"]
+                x.append(strengths.index(entry["strength"]) + 0.06 * number)
+                rates.append(rate)
+                below.append(rate - low)
+                above.append(high - rate)
+                costs.append(entry[cost] / entry["perplexity_original"])
+            left.errorbar(x, rates, [below, above], fmt=style, color=f"C{number}", capsize=2)
+            right.plot(costs, rates, style, color=f"C{number}")
+    left.plot([], [], "k-", label="along the feature")
+    left.plot([], [], "k:", label="along a random direction")
+    left.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    left.set(xlabel="strength", ylabel=OUTCOME_TITLES[outcome], ylim=(0, None))
+    right.set(xlabel="perplexity, times the original's", xscale="log")
+    low, high = right.get_xlim()
+    ticks = [2.0**n for n in range(-3, 16) if low <= 2.0**n <= high]
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     right.minorticks_off()
     evaluate.plain(left, right)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=10, frameon=False)
     return figure
 
 
-def plot_scores(runs, judged):
-    """Histogram of auto-interp scores by feature; and the outcome by score bin, at the first strength."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+SCORE_BINS = {"<0.6": 0.0, "0.6": 0.6, "0.7": 0.7, "0.8": 0.8, "0.9-1": 0.9}  # the study's
+
+
+def plot_scores(results, outcome):
+    """Auto-interp scores of features; and the outcome by score, at each run's first strength."""
+    figure = evaluate.new_figure(4)
     left, right = figure.subplots(1, 2)
-    edges = np.array([0.0, 0.6, 0.7, 0.8, 0.9, 1.0 + 1e-9])
-    outcome = success_of if judged else echoes
-    for colour, (label, rows, summary) in enumerate(run for run in runs if run[2]):
-        scored = [row for row in rows if row["autointerp_score"] is not None]
-        rows = [row for row in scored if row["strength"] == summary[0]["strength"]]
-        scores = {row["feature"]: row["autointerp_score"] for row in rows}
-        bins = (np.arange(16) - 0.5) / 14
-        left.hist(list(scores.values()), bins=bins, histtype="step", color=f"C{colour}", label=label)
-        place = np.digitize([row["autointerp_score"] for row in rows], edges) - 1
-        for number in range(len(edges) - 1):
-            found = rate_with_interval([outcome(row) for row, at in zip(rows, place) if at == number])
+    edges = [*SCORE_BINS.values(), 1.0]
+    for number, result in enumerate(results):
+        texts = [text for text in result.texts if text.autointerp_score is not None]
+        texts = [text for text in texts if text.kind == "steered"]
+        texts = [text for text in texts if text.strength == result.summary[0]["strength"]]
+        scores = {text.feature: text.autointerp_score for text in texts}
+        fourteenths = (np.arange(16) - 0.5) / 14  # a score is the share of 14 that are right
+        style = {"histtype": "step", "color": f"C{number}", "label": result.label}
+        left.hist(list(scores.values()), fourteenths, **style)
+        bins = np.searchsorted(edges[1:-1], [text.autointerp_score for text in texts], "right")
+        for place in range(len(SCORE_BINS)):
+            here = [text for text, of_text in zip(texts, bins) if of_text == place]
+            found = rate_with_interval(outcomes(here, "steered", outcome))
             if found["n"]:
-                error = np.abs(np.array(found["interval"]) - found["rate"])[:, None]
-                right.errorbar(number + 0.1 * colour, found["rate"], error, fmt="o", color=f"C{colour}", capsize=2)
+                rate, (low, high) = found["rate"], found["interval"]
+                error = [[rate - low], [high - rate]]
+                x = place + 0.1 * number
+                right.errorbar(x, rate, error, fmt="o", color=f"C{number}", capsize=2)
     left.set(xlabel="auto-interp score", ylabel="features")
-    right.set(xlabel="auto-interp score", ylabel="success rate" if judged else "echo rate", ylim=(0, None))
-    right.set_xticks(range(5), ["<0.6", "0.6", "0.7", "0.8", "0.9-1"])
+    right.set(xlabel="auto-interp score", ylabel=OUTCOME_TITLES[outcome], ylim=(0, None))
+    right.set_xticks(range(len(SCORE_BINS)), SCORE_BINS)
     evaluate.plain(left, right)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", fontsize=8, frameon=False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", fontsize=10, frameon=False)
     return figure
 
 
-def report(runs, out):
-    """The table, the comparison of every two runs at every strength they share, and the figures."""
-    print(table(runs))
+def sentence(comparison):
+    """What `compare` found, in a line."""
+    a, b = comparison["rates"]
+    parts = [f"{a:.3f} against {b:.3f}"]
+    if comparison["chi_squared"]:
+        parts.append(f"chi-squared p = {comparison['chi_squared']['p']:.2g}")
+    parts.append(f"by feature p = {comparison['permutation_p']:.2g}")
+    if comparison["over_control"]:
+        a, b = comparison["over_control"]["differences"]
+        p = comparison["over_control"]["permutation_p"]
+        parts.append(f"beyond random directions {a:.3f} against {b:.3f}, by feature p = {p:.2g}")
+    return ", ".join(parts)
+
+
+def report(results, out):
+    """Print the table, and compare every two runs at every strength that they share.
+
+    The folder `out` gets pictures and comparison.json: {"comparisons": of `compare`, "runs":
+    {label: summary}}.
+    """
+    judged = any(entry["success"]["n"] for result in results for entry in result.summary)
+    outcome = success if judged else echoes
+    print(table(results, outcome))
     comparisons = []
-    for (name_a, a, first), (name_b, b, second) in itertools.combinations(runs, 2):
-        outcome = success_of if any(e["success"]["n"] for e in (*first, *second)) else echoes
-        for strength in [e["strength"] for e in first if e["strength"] in [e["strength"] for e in second]]:
-            here = [[row for row in rows if row["strength"] == strength] for rows in (a, b)]
-            about = {"runs": [name_a, name_b], "strength": strength, "outcome": outcome.__name__}
-            result = compare(*here, outcome)
-            comparisons.append(about | (result or {}))
-            if result and result["chi_squared"]:
-                rates, p = result["rates"], result["chi_squared"]["p"]
-                said = f"{name_a} and {name_b}, strength {strength:g}: "
-                said += f"{rates[0]:.3f} against {rates[1]:.3f}, chi-squared p = {p:.2g}, "
-                said += f"by feature p = {result['permutation_p']:.2g}"
-                if "over_control" in result:
-                    more = result["over_control"]["differences"]
-                    said += f"; over random directions {more[0]:.3f} against {more[1]:.3f}, "
-                    said += f"by feature p = {result['over_control']['permutation_p']:.2g}"
-                print(said)
-    write_json(out / "comparison.json", {"comparisons": comparisons, "runs": {label: s for label, _, s in runs}})
-    judged = any(entry["success"]["n"] for _, _, summary in runs for entry in summary)
-    evaluate.save_figure(plot_rates(runs, judged), out / "rates.png")
-    if any(row["autointerp_score"] is not None for _, rows, _ in runs for row in rows):
-        evaluate.save_figure(plot_scores(runs, judged), out / "scores.png")
+    for a, b in itertools.combinations(results, 2):
+        shared = {entry["strength"] for entry in b.summary}
+        for strength in [entry["strength"] for entry in a.summary if entry["strength"] in shared]:
+            texts_a = [text for text in a.texts if text.strength == strength]
+            texts_b = [text for text in b.texts if text.strength == strength]
+            comparison = compare(texts_a, texts_b, outcome)
+            if comparison is None:
+                continue
+            head = {"runs": [a.label, b.label], "strength": strength, "outcome": outcome.__name__}
+            comparisons.append({**head, **comparison})
+            print(f"{a.label} and {b.label}, strength {strength:g}: {sentence(comparison)}")
+    summaries = {result.label: result.summary for result in results}
+    write_json(out / "comparison.json", {"comparisons": comparisons, "runs": summaries})
+    evaluate.save_figure(plot_rates(results, outcome), out / "rates.png")
+    if any(text.autointerp_score is not None for result in results for text in result.texts):
+        evaluate.save_figure(plot_scores(results, outcome), out / "scores.png")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Run folders and language models
+
+
+def read_explanations(folder, d_sae):
+    """The rows of a run's autointerp.json by feature, {} where there is none. Raises UserError."""
+    path = Path(folder) / "autointerp.json"
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if found.get("sae") != evaluate.fingerprint(folder):
+        raise UserError(f"{path} is of another SAE than the folder: repeat evaluate.py autointerp")
+    try:
+        rows = {int(row["feature"]): row for row in found["features"]}
+        whole = all({"explanation", "score"} <= set(row) for row in rows.values())
+    except (LookupError, TypeError, ValueError):
+        whole = False
+    if not whole or not set(rows) <= set(range(d_sae)):
+        raise UserError(f"{path} is not as evaluate.py autointerp writes it: repeat that")
+    return rows
+
+
+class Job(NamedTuple):
+    """A run to be steered."""
+
+    run: object  # as of read_run
+    sae: SAE
+    explanations: dict  # {feature: row of autointerp.json}
+    features: list
+
+
+def prepare(folder, args):
+    """Read a run folder and choose its features, before any work is done. Raises UserError.
+
+    These are those of --features; else --n at random of those in autointerp.json, if there is one,
+    or of the alive.
+    """
+    run, sae = read_run(folder), SAE.load(folder)
+    explanations = read_explanations(folder, sae.d_sae)
+    among = evaluate.alive_by_weight(sae)
+    if explanations:
+        among = torch.tensor([feature in explanations for feature in range(sae.d_sae)])
+    chosen = evaluate.read_features(args.features, folder) if args.features else None
+    features = evaluate.choose_features(chosen, args.n, among, args.seed, folder)
+    if args.mode == "preact":
+        gains = encoder_gain(sae, features).tolist()
+        seen = [feature for feature, gain in zip(features, gains) if gain > 0]
+        if not seen:
+            raise UserError(f"--mode preact: no encoder of {folder} sees its decoder row")
+        if len(seen) < len(features):
+            left_out = f"{len(features) - len(seen)} of {len(features)} features of {folder}"
+            print(f"note: {left_out} are left out, since their encoder does not see their decoder")
+        features = seen
+    return Job(run, sae, explanations, features)
+
+
+def load_setup(job, args, device):
+    """The language model of a run, and what its residual stream measures. Raises UserError."""
+    run = job.run
+    if args.mode != "rms":
+        model, tokenizer = load_model(run.model, device, use_bfloat16(run.dtype, device))
+        return Setup(model, tokenizer, run.layer, job.sae.to(device))
+    model, tokenizer, tokens = open_run(run, device, data=args.data)
+    contexts = cut_contexts(tokens, 8192, min(128, run.context), device)
+    squares = [x.square().sum(1) for x in Stream(model, run.layer, contexts)]
+    rms = torch.cat(squares).mean().sqrt().item()
+    return Setup(model, tokenizer, run.layer, job.sae.to(device), rms)
+
+
+def check_lengths(setup, settings):
+    """Raise UserError where a prompt has no tokens, or with its text more than the model reads."""
+    config = setup.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    for prompt in settings.prompts:
+        n_prompt = len(setup.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if n_prompt == 0:
+            raise UserError(f"--prompts {prompt!r}: give some text to go on from")
+        if limit and n_prompt + settings.new_tokens > limit:
+            way_out = f"the model reads {limit} tokens, {n_prompt} of them the prompt's: give less"
+            raise UserError(f"--new-tokens {settings.new_tokens}: {way_out}")
+
+
+def texts_of_before(path, settings):
+    """{feature: its texts} of a steering.json that was made with the same settings, else {}.
+
+    So a command that broke off while judges rated, or is repeated for more features, does not write
+    again what is there.
+    """
+    texts = {}
+    if path.exists():
+        found = read_json(path)
+        if found.get("settings") == settings:
+            for row in found["rows"]:
+                texts.setdefault(row["feature"], []).append(Text(**{**row, "ratings": {}}))
+    return texts
+
+
+def open_judges(args, cache):
+    """A Judge for each of --judge, at its own --base-url or at the one they share."""
+    judges = []
+    addresses = itertools.cycle(zip(args.base_url, args.api_key_env))
+    for name, (url, variable) in zip(args.judge, addresses):
+        key = os.environ.get(variable, "")
+        judge = evaluate.Judge(url, name, cache, key, args.judge_options, args.concurrency)
+        judges.append(judge)
+    return judges
+
+
+def steer_and_rate(job, label, settings, args, device):
+    """Write, measure and rate the texts of a run: its Result, and steering.json. Raises UserError.
+
+    steering.json: {"settings": what decides the texts, "judging", "rows": of Text, "summary": of
+    `summarise`}.
+    """
+    folder = job.run.folder
+    path = folder / "steering.json"
+    setup = load_setup(job, args, device)
+    check_lengths(setup, settings)
+    sae_name = evaluate.fingerprint(folder)
+    made_with = {**asdict(settings), "rms": setup.rms, "model": job.run.model, "sae": sae_name}
+    before = texts_of_before(path, made_with)
+    missing = [feature for feature in job.features if feature not in before]
+    total = len(missing) * len(settings.prompts)
+    with tqdm(total=total, desc=f"steering {folder.name}", unit="prompt") as progress:
+        texts = steer_run(setup, missing, settings, args.batch_size, progress)
+    for feature in job.features:
+        texts += before.get(feature, [])
+    texts.sort(key=lambda text: text.feature)
+    for text in texts:
+        row = job.explanations.get(text.feature, {})
+        text.explanation, text.autointerp_score = row.get("explanation"), row.get("score")
+    content = {"settings": made_with, "judging": None, "rows": [asdict(text) for text in texts]}
+    write_json(path, content)  # should a judge break off, this is not lost
+    judges = open_judges(args, folder / "answers.jsonl")
+    rate(texts, judges, settings.seed, args.fixed_order, args.concurrency)
+    if judges:
+        content["judging"] = {"options": args.judge_options, "fixed_order": args.fixed_order}
+    summary = summarise(texts)
+    write_json(path, {**content, "rows": [asdict(text) for text in texts], "summary": summary})
+    return Result(label, texts, summary)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders of train_pythia.py, the settings to compare")
-    add("--strength", nargs="+", type=float, default=[5.0])
-    modes = "of strength: a length, times the residual stream's norm, or a rise of the feature's own pre-activation"
-    add("--mode", default="fixed", choices=("fixed", "rms", "preact"), help=modes)
-    add("--n", type=at_least(1), default=300, help="features, those of autointerp.json or random alive ones")
-    add("--features", type=int, nargs="+", help="these features instead")
-    add("--prompts", nargs="+", default=list(PROMPTS))
-    add("--new-tokens", type=at_least(1), default=30)
-    add("--temperature", type=at_least(0, float), default=0.7, help="0 for the likeliest token always")
-    add("--top-p", type=at_least(1e-9, float, 1), default=0.9)
-    add("--steer-prompt", action="store_true", help="steer at the prompt's positions too")
-    add("--seed", type=at_least(0), default=0, help="of random draws, features and control directions")
+    study = Settings()
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folders of SAEs of language models, or of such folders",
+    )
+    add("--strength", nargs="+", type=float, default=study.strength, help="of steering (default 5)")
+    add(
+        "--mode",
+        choices=("fixed", "rms", "preact"),
+        default=study.mode,
+        help="what strength is: the length of the vector added (fixed, the default); its length in "
+        "units of the residual stream's root mean square norm (rms); or what it adds to the "
+        "feature's own pre-activation (preact)",
+    )
+    features = "how many features, at random among those of autointerp.json or those alive"
+    add("--n", type=at_least(1), default=300, help=f"{features} (default 300)")
+    features = "these features instead: numbers, or a JSON file of evaluate.py seeds"
+    add("--features", nargs="+", help=features)
+    add("--prompts", nargs="+", default=study.prompts, help="beginnings, to be continued")
+    length = "tokens of a text (default 30)"
+    add("--new-tokens", type=at_least(1), default=study.new_tokens, help=length)
+    temperature = "of sampling (default 0.7); 0: always the likeliest token"
+    add("--temperature", type=at_least(0, float), default=study.temperature, help=temperature)
+    top_p = "sample among the likeliest tokens that together have this probability (default 0.9)"
+    add("--top-p", type=at_least(1e-9, float, 1), default=study.top_p, help=top_p)
+    add("--steer-prompt", action="store_true", help="steer at the prompt's positions, too")
+    seed = "of the features, the random draws and the random directions (default 0)"
+    add("--seed", type=at_least(0), default=study.seed, help=seed)
+    data = "text to measure the residual stream's norm on (--mode rms), if not the run's own"
+    add("--data", metavar="FILE", help=data)
     evaluate.add_judge_flags(add, several="+")
-    add("--fixed-order", action="store_true", help="show the unsteered text first always, as the study did")
-    add("--batch-size", type=at_least(1), default=256, help="texts generated together")
-    add("--out", default="steering", metavar="DIR", help="where the comparison and figures go")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--fixed-order", action="store_true", help="always show judges the original first")
+    add("--batch-size", type=at_least(1), default=256, help="texts written together (default 256)")
+    add("--out", default="steering", metavar="DIR", help="for the comparison (default steering)")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    args.strength, args.prompts = (list(dict.fromkeys(values)) for values in (args.strength, args.prompts))
+    args.strength = list(dict.fromkeys(args.strength))
+    args.prompts = list(dict.fromkeys(args.prompts))
     if not np.isfinite(args.strength).all():
         parser.error("--strength: give finite numbers")
-    if not all(args.prompts):
-        parser.error("--prompts: an empty one; give some text to go on from")
     if len(args.base_url) not in (1, len(args.judge)):
-        parser.error(f"--base-url: {len(args.base_url)} addresses for {len(args.judge)} judges; give one, or as many")
+        parser.error("--base-url: give one address for all of --judge, or one for each")
     if len(args.api_key_env) != len(args.base_url):
-        parser.error(f"--api-key-env: give one variable for each of the {len(args.base_url)} of --base-url")
-    if len(set(args.judge)) < len(args.judge) or "" in args.judge:
-        parser.error(f"--judge {' '.join(args.judge)}: the same name twice, or none at all")
+        parser.error("--api-key-env: give one variable for each --base-url")
+    if len(set(args.judge)) < len(args.judge):
+        parser.error("--judge: the same name twice")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    device, found = pick_device(args.device), []
-    for folder in evaluate.find_runs(args.runs):
-        sae = SAE.load(folder)
-        found.append((folder, evaluate.read_run(folder), sae, *choose(sae, folder, args)))
+    settings = Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)})
+    device = pick_device(args.device)
+    jobs = [prepare(folder, args) for folder in evaluate.find_runs(args.runs)]
     out = make_folder(args.out)
     if not args.judge:
-        print("no --judge: measures that need none; give --judge and --base-url to have texts rated")
-    at, runs = None, []
-    for folder, hp, sae, features, scores in found:
-        if at != evaluate.source(hp):
-            model, tokenizer, tokens = evaluate.language_model_and_tokens(hp, device)
-            at = evaluate.source(hp)
-            check_length(model, tokenizer, args)
-        contexts = evaluate.cut_contexts(tokens, 8192, min(128, hp.context), device)
-        stream = evaluate.Stream(model, hp.layer, contexts)
-        rms = torch.cat([x.square().sum(1) for x in stream]).mean().sqrt().item()  # norm of the residual stream
-        total = len(features) * len(args.prompts) * len(args.strength)
-        with tqdm(total=total, desc=f"steering {folder.name}", unit="text") as progress:
-            rows = steer_run(sae.to(device), model, tokenizer, hp.layer, features, args, rms, progress)
-        for row in rows:
-            row["explanation"], row["autointerp_score"] = scores.get(row["feature"], (None, None))
-        if lost := len(features) - len({row["feature"] for row in rows}):
-            print(f"note: {lost} features of {folder} are left out: their encoder does not see their decoder")
-        if not any(row["explanation"] for row in rows):
-            print(f"note: {folder} has no explanations (evaluate.py autointerp), so nothing can be rated")
-        rate(rows, open_judges(args, folder / "answers.jsonl"), args)
-        names = ("mode", "strength", "prompts", "new_tokens", "temperature", "top_p", "steer_prompt", "seed", "judge")
-        settings = {name: getattr(args, name) for name in (*names, "judge_options", "fixed_order")} | {"rms": rms}
-        summary = summarise(rows)
-        write_json(folder / "steering.json", {"settings": settings, "rows": rows, "summary": summary})
-        group = {"config": vars(hp), "length": hp.length, "folders": [folder], "name": folder.name}
-        runs.append((group, rows, summary))
-    evaluate.add_labels([group for group, *_ in runs])
-    report([(group["label"], *results) for group, *results in runs], out)
-
-
-def check_length(model, tokenizer, args):
-    """Raise UserError where a prompt and its text are more than the model can read."""
-    prompts = (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in args.prompts)
-    longest, limit = max(prompts) + args.new_tokens, getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit:
-        raise UserError(f"--new-tokens {args.new_tokens}: with its prompt {longest}, but the model reads {limit}")
-
-
-def open_judges(args, cache):
-    """A Judge for each of --judge, at its own --base-url or the one they share."""
-    options = (args.judge_options, args.concurrency)
-    named = zip(args.judge, itertools.cycle(zip(args.base_url, args.api_key_env)))
-    return [evaluate.Judge(url, name, cache, os.environ.get(key, ""), *options) for name, (url, key) in named]
+        print("no --judge: this measures what needs none")
+    elif not all(job.explanations for job in jobs):
+        print("note: only runs with explanations (evaluate.py autointerp) can be rated")
+    configs = [evaluate.read_config(job.run.folder, job.sae) for job in jobs]
+    labels = evaluate.label_runs(configs, [job.run.folder for job in jobs])
+    results = []
+    for job, label in zip(jobs, labels):
+        results.append(steer_and_rate(job, label, settings, args, device))
+    report(results, out)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,132 @@
-"""Train SAEs on images of digits and see which features recur across seeds.
+"""Train SAEs on images of digits, and see which features recur from seed to seed.
 
-    python train_mnist.py --data glyphs --l2 0 1e-5 --seed 0 1 2      no network needed, minutes on two cores
-    python train_mnist.py --l2 0 1e-5 --seed 0 1 2                    MNIST, the study's plain setting
-    python train_mnist.py --l2 0 1e-5 --seed 0 1 2 --tied-init --unit-norm
+    python train_mnist.py --data glyphs --l2 0 1e-5 --seed 0 1 2       no download, minutes on a CPU
+    python train_mnist.py --l2 0 1e-5 --seed 0 1 2                     MNIST, the study's setting
+    python train_mnist.py --l2 0 1e-5 --seed 0 1 2 --tied-init --unit-norm      its other setting
 
-Lists sweep: the product of all of them is trained, one run folder each, on the same order of batches. A
-finished run is not trained again and an interrupted one goes on, so the same command can always be repeated.
-At the end: the table of feature consistency over seeds, and pictures.
+Lists are swept: every combination of their values is an SAE with a run folder of its own, and all
+are trained on the same stream of batches. What is finished is not trained again, and what was
+interrupted goes on, so a command can always be repeated. At the end it prints a table of how far
+features recur, and draws pictures.
 """
 
+import gzip
 import hashlib
+import importlib.util
 import itertools
+import math
 import textwrap
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
-from scipy.optimize import linear_sum_assignment
 
 import evaluate
 from sae import (
+    SAE,
     Parser,
-    Trainer,
+    Rows,
     UserError,
     at_least,
     first_line,
-    fit,
     is_complete,
     make_folder,
     pick_device,
-    resume,
     run_command,
-    save_run,
     sweep,
-    write_hparams,
+    train,
     write_json,
 )
 
-# The study's settings for images where they differ from those for Pythia: plain Adam, and glyphs for a first look
-IMAGES = {"arch": "relu", "d_sae": 1568, "k": 32, "sparsity": 0.1, "reduction": "mean", "tied_init": False}
-IMAGES |= {"lr": 1e-3, "batch_size": 512, "warmup": 0, "decay": 0.0, "clip": 0.0, "dtype": "float32"}
-DATA = {  # images to train on, passes over them, settings
-    "mnist": (60_000, 100, IMAGES),
-    "glyphs": (20_000, 20, IMAGES | {"d_sae": 512, "batch_size": 128}),
+# The study's settings for images, where they are not those for Pythia. Its plain setting has no
+# biases and draws encoder and decoder each by itself; tied initialisation comes with biases.
+STUDY = {
+    "arch": "relu",
+    "d_sae": 1568,
+    "k": 32,  # of the architectures that have one; the study has ReLU alone here
+    "sparsity": 0.1,
+    "reduction": "mean",  # over pixels and over latents
+    "tied_init": False,
+    "lr": 1e-3,
+    "batch_size": 512,
+    "warmup": 0,
+    "decay": 0.0,
+    "clip": 0.0,
+    "dtype": "float32",
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# Images, each split one tensor [n, 784] of pixels in [0, 1]
+class ImageSet(NamedTuple):
+    n_train: int  # images to train on
+    epochs: int  # passes over them
+    settings: dict
+
+
+IMAGE_SETS = {
+    "mnist": ImageSet(60_000, 100, STUDY),
+    "glyphs": ImageSet(20_000, 20, {**STUDY, "d_sae": 512, "batch_size": 128}),  # a first look
+}
+N_TEST_GLYPHS = 2_000
+
+
+# --------------------------------------------------------------------------------------------------
+# Images: tensors [n, 784] of pixels in [0, 1], with ink 1
+
+MNIST_FILES = {  # training and test images, unpacked, and the SHA-256 of each
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+}
+IDX_HEADER = 16  # bytes before the pixels
 
 
 def load_images(data):
-    """Training and test images of `data`: "mnist", "glyphs" or a folder with MNIST in it. Raises UserError."""
+    """Training and test images of "mnist", "glyphs" or a folder that holds MNIST. UserError."""
     if data == "glyphs":
-        return draw_glyphs(DATA["glyphs"][0] + 2_000).split([DATA["glyphs"][0], 2_000])
-    from torchvision.datasets import MNIST  # here, because glyphs do without and it takes seconds to import
+        n_train = IMAGE_SETS["glyphs"].n_train
+        return draw_glyphs(n_train + N_TEST_GLYPHS).split([n_train, N_TEST_GLYPHS])
+    if data == "mnist":
+        data = "data"
+        download_mnist(data)
+    return [read_mnist(Path(data) / "MNIST" / "raw" / name, data) for name in MNIST_FILES]
 
-    root, way_out = Path("data"), "give --data glyphs, which needs no network"
-    if data != "mnist":
-        root, way_out = Path(data), "give a folder with MNIST's own archives, where you may write"
-        check_mnist_folder(root, MNIST.resources)
+
+def download_mnist(folder):
+    """Have MNIST in a folder, downloaded unless it is there. Raises UserError."""
+    from torchvision.datasets import MNIST  # here, since it takes seconds and is seldom needed
+
     try:
-        splits = [MNIST(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # there are many ways to be damaged
-        raise UserError(f"--data {data}: no MNIST to be had ({first_line(error)}): {way_out}") from None
-    if [split.data.shape for split in splits] != [(60_000, 28, 28), (10_000, 28, 28)]:
-        raise UserError(f"--data {data}: not MNIST's 70,000 images: {way_out}")
-    return [split.data.flatten(1).float() / 255 for split in splits]
+        MNIST(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        way_out = "give --data glyphs, which needs no network"
+        reason = f"MNIST cannot be downloaded into {folder} ({first_line(error)})"
+        raise UserError(f"--data mnist: {reason}: {way_out}") from None
 
 
-def check_mnist_folder(root, resources):
-    """torchvision would download into a folder that lacks MNIST; one that the user names must have it, whole."""
-    for archive, md5 in resources:
-        path = root / "MNIST" / "raw" / archive
-        if path.with_suffix("").exists():
-            continue
-        if not path.exists():
-            raise UserError(f"--data {root}: no {path}: give a folder with MNIST/raw in it, or --data glyphs")
-        if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            raise UserError(f"--data {root}: {path} is damaged (its checksum is not MNIST's): fetch it again")
+def read_mnist(path, data):
+    """The images in one of MNIST_FILES, or in its archive beside it. Raises UserError."""
+    archive = path.with_name(f"{path.name}.gz")
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(archive.read_bytes())
+    except FileNotFoundError:
+        way_out = "give a folder with MNIST/raw in it, or --data glyphs"
+        raise UserError(f"--data {data}: no {archive}: {way_out}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--data {data}: {archive} is damaged ({first_line(error)})") from None
+    # Other images in MNIST's format would otherwise pass for MNIST in every table.
+    if hashlib.sha256(content).hexdigest() != MNIST_FILES[path.name]:
+        found = path if path.exists() else archive
+        raise UserError(f"--data {data}: {found} does not hold MNIST's images: fetch it again")
+    pixels = torch.frombuffer(bytearray(content[IDX_HEADER:]), dtype=torch.uint8)
+    return pixels.view(-1, 28 * 28).float() / 255
 
 
 def draw_glyphs(n, seed=0):
-    """n images of the digits, [n, 784], from the fonts that ship with matplotlib under random affine warps."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = [f"DejaVu{family}{style}" for family in ("Sans", "SansMono", "Serif") for style in ("", "-Bold")]
-    names += ["DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic"]
-    names += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10"]
-    masters = []  # each digit of each font once, large, centred by its ink
-    for name, digit in itertools.product(names, "0123456789"):
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 36)
-        left, top, right, bottom = font.getbbox(digit)
-        image = Image.new("L", (56, 56))
-        ImageDraw.Draw(image).text((28 - (left + right) / 2, 28 - (top + bottom) / 2), digit, fill=255, font=font)
-        masters.append(np.asarray(image, dtype=np.float32) / 255)
-    masters = torch.from_numpy(np.stack(masters))[:, None]
+    """n images of digits [n, 784], in the fonts that come with matplotlib, warped at random."""
+    masters = draw_masters()
     generator = torch.Generator().manual_seed(seed)
 
     def between(low, high):
@@ -109,64 +136,81 @@ def draw_glyphs(n, seed=0):
     angle, shear, scale = between(-0.25, 0.25), between(-0.25, 0.25), between(0.65, 0.9)
     stretch = between(0.85, 1.15)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [cos * stretch, shear - sin, between(-0.08, 0.08), sin * stretch, cos, between(-0.08, 0.08)]
-    affine = torch.stack(rows, 1).view(n, 2, 3)
-    # Blurred to the resolution of the result, so that sampling at half of it leaves no jagged edges
-    masters, images = F.avg_pool2d(masters, 3, stride=1, padding=1), []
+    x_row = [cos * stretch, shear - sin, between(-0.08, 0.08)]  # the last is a shift
+    y_row = [sin * stretch, cos, between(-0.08, 0.08)]
+    affine = torch.stack([*x_row, *y_row], 1).view(n, 2, 3)
+    images = []
     for part in torch.arange(n).split(1000):
         grid = F.affine_grid(affine[part], (len(part), 1, 28, 28), align_corners=False)
         images.append(F.grid_sample(masters[which[part]], grid, align_corners=False))
     return torch.cat(images).flatten(1).clamp(0, 1)
 
 
-def batches(images, hp, first=0):
-    """Endless batches [B, 784] from number `first` on, all images once per epoch (its last batch is smaller).
+def draw_masters():
+    """Every digit in every font, large and centred: [fonts * 10, 1, 56, 56]."""
+    # The fonts are found without importing matplotlib, which fails where MPLBACKEND names a
+    # notebook's backend that this Python lacks.
+    matplotlib = importlib.util.find_spec("matplotlib").submodule_search_locations[0]
+    folder = Path(matplotlib) / "mpl-data" / "fonts" / "ttf"
+    fonts = []
+    for family in ("Sans", "SansMono", "Serif"):
+        fonts += [f"DejaVu{family}", f"DejaVu{family}-Bold"]
+    fonts += ["DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic"]
+    fonts += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"]
+    fonts += ["cmr10", "cmb10", "cmss10", "cmtt10"]
+    masters = []
+    for name, digit in itertools.product(fonts, "0123456789"):
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 36)
+        left, top, right, bottom = font.getbbox(digit)
+        corner = (28 - (left + right) / 2, 28 - (top + bottom) / 2)  # so that the ink is centred
+        image = Image.new("L", (56, 56))
+        ImageDraw.Draw(image).text(corner, digit, fill=255, font=font)
+        masters.append(np.asarray(image, dtype=np.float32) / 255)
+    masters = torch.from_numpy(np.stack(masters))[:, None]
+    # Blurred to the resolution of the images, which is half as high, lest they have jagged edges.
+    return F.avg_pool2d(masters, 3, stride=1, padding=1)
 
-    The order is a function of data_seed and epoch alone: every SAE sees the same, and there is no state to keep.
-    """
-    per_epoch = -(-len(images) // hp.batch_size)
-    for epoch in itertools.count(first // per_epoch):
-        generator = torch.Generator().manual_seed(hp.data_seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for index in range(first % per_epoch, per_epoch):
-            yield images[order[index * hp.batch_size : (index + 1) * hp.batch_size]]
-        first = 0
+
+# --------------------------------------------------------------------------------------------------
+# Training, and then the measures of every SAE
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training
+def is_finished(folder, hp):
+    """Whether a run is trained and measured. Raises UserError where the folder holds another."""
+    return is_complete(folder, hp) and (folder / "quality.json").exists()
 
 
-def train(hp, images, test_images, folder, device):
-    """Train one SAE on images [n, 784], or go on with it; measure it on the test images and write its run folder."""
-    trainer = Trainer(hp, device)
-    resume(trainer, folder)
-    write_hparams(trainer, folder)
-    fit({folder: trainer}, batches(images, hp, first=trainer.step))
-    result, mean_acts = evaluate.quality(trainer.sae.eval(), test_images.split(1000))
-    write_json(folder / "quality.json", result)
-    evaluate.save_covariance(evaluate.covariance(test_images), folder)
-    evaluate.save_figure(plot_features(trainer.sae, mean_acts), folder / "features.png")
-    save_run(trainer, folder, {"model_name": hp.data, "hook_name": "pixels", "context_size": 1, "prepend_bos": False})
+def measure(folder, test_images, moments):
+    """Measure the SAE in a run folder on test images [n, 784] with the covariance `moments`."""
+    sae = SAE.load(folder).to(test_images.device)
+    quality, mean_acts = evaluate.quality(sae, test_images.split(1000))
+    evaluate.save_covariance(moments, folder)
+    evaluate.save_figure(plot_features(sae.cpu(), mean_acts), folder / "features.png")
+    write_json(folder / "quality.json", quality)  # last, since it says that all this is done
+    used = sae.d_sae - quality["dead_by_use"]
     print(
-        f"{folder}: fve {result['fve']:.4f}, l0 {result['l0']:.1f}, of {hp.d_sae} features "
-        f"{result['alive']} are alive and {hp.d_sae - result['dead_by_use']} are used"
+        f"{folder}: fve {quality['fve']:.4f}, l0 {quality['l0']:.1f} on the test images; of "
+        f"{sae.d_sae} features {quality['alive']} are alive and {used} are used"
     )
 
 
 def main(argv=None):
     args, runs = parse(argv)
     device = pick_device(args.device)
-    missing = [folder for folder, hp in runs.items() if not is_complete(folder, hp)]
-    if missing:
+    unfinished = {folder: hp for folder, hp in runs.items() if not is_finished(folder, hp)}
+    if unfinished:
         images, test_images = (split.to(device) for split in load_images(args.data))
         make_folder(args.out)
-        print(f"training {len(missing)} of {len(runs)} SAEs on {len(images):,} images, {device}, into {args.out}")
-    for folder in missing:
-        if not is_complete(folder, runs[folder]):  # by another process, meanwhile
-            train(runs[folder], images, test_images, folder, device)
+        n_images = f"{len(images):,} images"
+        print(f"{len(unfinished)} of {len(runs)} SAEs to do on {n_images}, {device}, in {args.out}")
+        origin = {"model_name": args.data, "hook_name": "pixels"}
+        metadata = {**origin, "context_size": 1, "prepend_bos": False}
+        train(unfinished, Rows(images, test_images, scale=1.0, metadata=metadata), device)
+        moments = evaluate.covariance(test_images)
+        for folder in unfinished:
+            measure(folder, test_images, moments)
     if len(set(args.seed)) < 2:
-        print("one seed: give --seed 0 1 2 for the table of consistency over seeds")
+        print("one seed: give --seed 0 1 2 for a table of how far features recur")
         return
     groups = evaluate.compare_seeds(list(runs))
     print(evaluate.table(groups))
@@ -174,89 +218,134 @@ def main(argv=None):
     evaluate.save_figure(plot_pairs(groups), args.out / "pairs.png")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def draw_tiles(axis, features, titles, columns, heading):
-    """Features [n, 784] as images in rows of `columns`, each on its own scale: red adds ink, blue takes it away."""
-    rows, height, width = -(-len(features) // columns), 38, 32
-    canvas = np.zeros((max(rows, 1) * height + 2, columns * width))
-    for n, (feature, title) in enumerate(zip(features, titles)):
-        if title is None:  # an empty place
+class Tile(NamedTuple):
+    image: torch.Tensor  # [784]
+    title: str
+
+
+def draw_tiles(axis, tiles, columns, heading):
+    """Tiles as images in rows of `columns`, each on its own scale; None leaves a place empty.
+
+    Red adds ink, blue takes it away.
+    """
+    n_rows, height, width = math.ceil(len(tiles) / columns), 38, 32
+    canvas = np.zeros((max(n_rows, 1) * height + 2, columns * width))
+    for place, tile in enumerate(tiles):
+        if tile is None:
             continue
-        top, left = n // columns * height + 10, n % columns * width + 2
-        canvas[top : top + 28, left : left + 28] = feature.view(28, 28) / feature.abs().max().clamp(min=1e-12)
-        axis.text(left + 14, top - 2, title, ha="center", fontsize=9)
-        axis.add_patch(Rectangle((left - 0.5, top - 0.5), 28, 28, fill=False, linewidth=0.5))
+        row, column = divmod(place, columns)
+        top, left = row * height + 10, column * width + 2
+        image = tile.image.view(28, 28) / tile.image.abs().max().clamp(min=1e-12)
+        canvas[top : top + 28, left : left + 28] = image
+        axis.text(left + 14, top - 2, tile.title, ha="center", fontsize=9)
+        x, y = np.array([0, 28, 28, 0, 0]) + left - 0.5, np.array([0, 0, 28, 28, 0]) + top - 0.5
+        axis.plot(x, y, "k", linewidth=0.5)
     axis.imshow(canvas, cmap="RdBu_r", vmin=-1, vmax=1)
-    axis.set_title(heading, fontsize=11)
+    axis.set_title(heading, fontsize=10)
     axis.axis("off")
 
 
 @torch.no_grad()
-def plot_features(sae, mean_acts, n=64):
-    """The strongest decoder features; strength is mean activation times norm, the feature's share of the ink."""
-    W_dec = sae.W_dec.cpu()
-    strength = mean_acts * W_dec.norm(dim=1)
-    order = strength.argsort(descending=True)[:n]
-    figure, heading = Figure(figsize=(7, 9)), "Decoder features, strongest first (mean activation x norm above each)"
-    draw_tiles(figure.subplots(), W_dec[order], [f"{strength[i]:.2f}" for i in order], 8, heading)
+def plot_features(sae, mean_acts, n=48):
+    """The strongest features, by decoder row: by its share of the ink, mean act times norm."""
+    strength = mean_acts * sae.W_dec.norm(dim=1)
+    strongest = strength.argsort(descending=True)[:n]
+    tiles = [Tile(sae.W_dec[i], f"{strength[i]:.2f}") for i in strongest]
+    figure = evaluate.new_figure(6)
+    heading = "Decoder rows of the strongest features\n(above each: mean activation times norm)"
+    draw_tiles(figure.subplots(), tiles, 7, heading)
     return figure
+
+
+class Pair(NamedTuple):
+    """Two decoder rows [784] that are partners."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    cosine: float
 
 
 @torch.no_grad()
-def plot_pairs(groups, columns=4):
-    """For each configuration, side by side: alive features of one seed above their one-to-one partners (Hungarian,
-    decoder) in the next, from the best pair to the worst."""
-    rows = -(-len(groups) // 2)
-    figure = Figure(figsize=(7, 0.6 + 4.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flat
+def example_pairs(a, b, n):
+    """n pairs of decoder rows of two SAEs, matched one to one, from the most alike to the least."""
+    rows_a, rows_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in (a, b))
+    pairs = []
+    for i, j in enumerate(evaluate.match(rows_a, rows_b).partner):
+        if j >= 0:
+            cosine = F.cosine_similarity(rows_a[i], rows_b[j], dim=0).item()
+            pairs.append(Pair(rows_a[i], rows_b[j], cosine))
+    pairs.sort(key=lambda pair: -abs(pair.cosine))
+    evenly = np.linspace(0, len(pairs) - 1, min(n, len(pairs))).astype(int)
+    return [pairs[i] for i in evenly]
+
+
+def plot_pairs(groups, columns=4, rows=2):
+    """Some features of one seed, each above its partner in another: decoders, side by side for all
+    configurations."""
+    groups = [group for group in groups if len(group.runs) > 1]
+    n_lines = math.ceil(len(groups) / 2)
+    figure = evaluate.new_figure(0.7 + 3.6 * n_lines)
+    axes = figure.subplots(n_lines, 2, squeeze=False).flatten()
     for axis in axes[len(groups) :]:
         axis.axis("off")
     for axis, group in zip(axes, groups):
-        features_a, features_b = (sae.W_dec[evaluate.alive_by_weight(sae)] for sae in group["saes"][:2])
-        cos = (F.normalize(features_a) @ F.normalize(features_b).T).numpy()
-        i, j = linear_sum_assignment(np.abs(cos), maximize=True)
-        order = np.argsort(-np.abs(cos[i, j]))
-        order = order[np.linspace(0, len(order) - 1, min(2 * columns, len(order))).astype(int)]
-        features, titles = [], []
-        for some in (order[:columns], order[columns:]):
-            empty = [None] * (columns - len(some))  # so that partners stand below, whatever the number of pairs
-            features += [*features_a[i[some]], *empty, *features_b[j[some]], *empty]
-            titles += [*(f"{c:+.2f}" for c in cos[i, j][some]), *empty, *[""] * len(some), *empty]
-        draw_tiles(axis, features, titles, columns, textwrap.fill(group["label"], 36))
-    figure.suptitle("Features of one seed, each above its partner in another,\nwith their cosine; best pair to worst")
+        pairs = example_pairs(group.runs[0].sae, group.runs[1].sae, columns * rows)
+        tiles = []
+        for start in range(0, len(pairs), columns):
+            some = pairs[start : start + columns]
+            empty = [None] * (columns - len(some))  # so that partners stand below each other
+            tiles += [Tile(pair.a, f"{pair.cosine:+.2f}") for pair in some] + empty
+            tiles += [Tile(pair.b, "") for pair in some] + empty
+        draw_tiles(axis, tiles, columns, textwrap.fill(group.label, 30))
+    figure.suptitle(
+        "Decoder rows alone: features of one seed, each above its\n"
+        "partner in another, with their cosine; best pair to worst",
+        fontsize=10,
+    )
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse(argv):
-    """The arguments, and the SAEs they ask for: {run folder: Hparams}."""
-    first = Parser(add_help=False)  # the defaults of all other flags depend on this one
+    """The arguments, and the SAEs that they ask for: {run folder: Hparams}."""
+    # The defaults of all other flags depend on --data, so it is read first.
+    first = Parser(add_help=False)
     first.add_argument("--data", default="mnist")
-    dataset = "glyphs" if first.parse_known_args(argv)[0].data == "glyphs" else "mnist"
-    n_images, epochs, defaults = DATA[dataset]
+    name = "glyphs" if first.parse_known_args(argv)[0].data == "glyphs" else "mnist"
+    n_train, epochs, settings = IMAGE_SETS[name]
+
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", default="mnist", metavar="mnist|glyphs|DIR", help="what to train on; mnist is downloaded to data/")
-    add("--epochs", type=at_least(1), default=epochs, help=f"passes over the images (default {epochs})")
-    add("--out", type=Path, default=f"runs/{dataset}", metavar="DIR", help="where run folders go (default runs/DATA)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    # Biases come with tied initialisation: the plain setting has none at all
+    data = (
+        "images: drawn digits (glyphs); MNIST, downloaded to data/ (mnist, the default); or MNIST "
+    )
+    data += "in a folder that has it in MNIST/raw, packed or not"
+    add("--data", default="mnist", metavar="mnist|glyphs|DIR", help=data)
+    add("--epochs", type=at_least(1), default=epochs, help=f"passes over them (default {epochs})")
+    out = f"where run folders go (default runs/{name})"
+    add("--out", type=Path, default=f"runs/{name}", metavar="DIR", help=out)
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     computed = ("d_in", "biases", "steps", "length", "data", "model", "layer", "context")
-    parser.add_settings(computed, **defaults, dead_after=5 * n_images)
+    parser.add_settings(computed, **settings, dead_after=5 * n_train)
     args = parser.parse_args(argv)
 
-    def complete(given, args):
-        steps = args.epochs * -(-n_images // max(1, given["batch_size"]))
-        settings = {"d_in": 784, "biases": given["tied_init"], "data": dataset}
-        return settings | {"steps": steps, "length": f"{args.epochs} epochs"}
+    def complete(chosen, args):
+        return {
+            "d_in": 28 * 28,
+            "biases": chosen["tied_init"],
+            "data": args.data,
+            "steps": args.epochs * math.ceil(n_train / max(1, chosen["batch_size"])),
+            "length": f"{args.epochs} epochs",
+        }
 
-    return args, {args.out / name: hp for name, hp in sweep(parser, args, complete).items()}
+    return args, {args.out / run: hp for run, hp in sweep(parser, args, complete).items()}
 
 
 if __name__ == "__main__":

@@ -1,38 +1,53 @@
-"""train_mnist.py: images, order of batches, sweeps, interruption; as a user runs it, and on real MNIST where given."""
+"""train_mnist.py: images, settings, whole commands; real MNIST where SAE_MNIST_DIR is set."""
 
 import gzip
+import hashlib
 import json
 import os
-import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import stop_at_checkpoint
 
+import evaluate
 import train_mnist
-from sae import SAE, UserError
-from train_mnist import DATA, batches, draw_glyphs, load_images, parse
+from sae import ARCHS, SAE, Rows, Trainer, UserError
+from train_mnist import draw_glyphs, load_images, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--data", "glyphs", "--d-sae", "64", "--epochs", "1", "--batch-size", "1000"]
+TINY = ["--data", "glyphs", "--d-sae", "64", "--batch-size", "200", "--device", "cpu"]
 REAL_MNIST = os.environ.get("SAE_MNIST_DIR")
-needs_mnist = pytest.mark.skipif(not REAL_MNIST, reason="SAE_MNIST_DIR names no folder with MNIST/raw in it")
+needs_mnist = pytest.mark.skipif(
+    not REAL_MNIST, reason="SAE_MNIST_DIR names no folder with MNIST/raw in it"
+)
 
 
-def command(*arguments, **others):
-    line = [sys.executable, "train_mnist.py", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, **others)
+@pytest.fixture
+def few_glyphs(monkeypatch):
+    """A tenth of the drawn digits, for commands that take a second."""
+    tenth = train_mnist.IMAGE_SETS["glyphs"]._replace(n_train=2000, epochs=2)
+    monkeypatch.setitem(train_mnist.IMAGE_SETS, "glyphs", tenth)
+    monkeypatch.setattr(train_mnist, "N_TEST_GLYPHS", 500)
 
 
 def settings(*line):
     """The Hparams of a command line for one SAE."""
-    (hp,) = parse([*line])[1].values()
+    (hp,) = parse([*map(str, line)])[1].values()
     return hp
+
+
+def command(out, *line):
+    """Run a command of few, tiny SAEs; the run folders that there are then."""
+    train_mnist.main([*TINY, "--out", str(out), *map(str, line)])
+    return sorted(path for path in out.iterdir() if path.is_dir())
 
 
 def weights(folder):
@@ -54,227 +69,74 @@ def test_glyphs_are_the_same_every_time_and_all_different():
     assert (ink.sum((1, 2)) > 10).all(), "every image shows something"
     edge = torch.cat([ink[:, 0], ink[:, -1], ink[:, :, 0], ink[:, :, -1]], 1)
     assert (edge.sum(1) > 0).float().mean() < 0.05, "digits stay inside the frame"
+    centre = (ink.sum((0, 1)) * torch.arange(28)).sum() / ink.sum()
+    assert centre.item() == pytest.approx(13.5, abs=0.5)
 
 
-def test_every_epoch_shows_every_image_once_in_another_order():
-    images = torch.arange(1050.0)[:, None]
-    hp = settings("--batch-size", "100")
-    stream = batches(images, hp)
-    epochs = [torch.cat([next(stream) for _ in range(11)]).flatten() for _ in range(3)]
-    for epoch in epochs:
-        assert torch.equal(epoch.sort().values, images.flatten())
-    assert not torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[1], epochs[2])
+def write_idx(path, images):
+    """Images [n, 28, 28] of bytes in MNIST's format, packed where the name says so."""
+    content = struct.pack(">IIII", 2051, *images.shape) + images.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize("first", [1, 10, 11, 25])
-def test_batches_can_start_anywhere_in_the_stream(first):
-    images, hp = torch.randn(1050, 2), settings("--batch-size", "100")
-    stream, later = batches(images, hp), batches(images, hp, first)
-    for _ in range(first):
-        next(stream)
-    for _ in range(15):
-        assert torch.equal(next(stream), next(later))
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """A folder with images that pass for MNIST here, as archives; and the images."""
+    generator = np.random.default_rng(0)
+    images, hashes = {}, {}
+    for name in train_mnist.MNIST_FILES:
+        images[name] = generator.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+        hashes[name] = write_idx(tmp_path / "MNIST" / "raw" / f"{name}.gz", images[name])
+    monkeypatch.setattr(train_mnist, "MNIST_FILES", hashes)
+    return tmp_path, images
 
 
-def test_seed_and_data_seed_act_apart(tmp_path):
-    seen = {}
-    images = draw_glyphs(2000)
-    for seed, data_seed in ((0, 0), (1, 0), (0, 1)):
-        hp = settings(*TINY, "--seed", str(seed), "--data-seed", str(data_seed))
-        trainer = train_mnist.Trainer(hp)
-        stream = batches(images, hp)
-        seen[seed, data_seed] = trainer.sae.W_dec.detach().clone(), torch.stack([next(stream) for _ in range(4)])
-    weights, order = 0, 1
-    assert torch.equal(seen[0, 0][order], seen[1, 0][order])
-    assert not torch.equal(seen[0, 0][weights], seen[1, 0][weights])
-    assert torch.equal(seen[0, 0][weights], seen[0, 1][weights])
-    assert not torch.equal(seen[0, 0][order], seen[0, 1][order])
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_are_read_from_archives_and_from_unpacked_files(packed, small_mnist):
+    folder, images = small_mnist
+    if not packed:
+        for name in images:
+            write_idx(folder / "MNIST" / "raw" / name, images[name])
+            (folder / "MNIST" / "raw" / f"{name}.gz").unlink()
+    for loaded, original in zip(load_images(str(folder)), images.values()):
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, torch.from_numpy(original.reshape(30, 784)) / 255)
 
 
-@pytest.mark.parametrize("n", [3, 8, 11, 16, 40])
-def test_partners_stand_below_their_features_whatever_their_number(n, monkeypatch):
-    saes = []
-    for order in (torch.arange(n), torch.arange(n).flip(0)):
-        saes.append(SAE(784, n, "relu"))
-        rows = torch.randn(n, 784, generator=torch.Generator().manual_seed(0))[order]
-        with torch.no_grad():
-            saes[-1].encoder.copy_(rows)
-            saes[-1].W_dec.copy_(rows)
-    drawn = []
-    monkeypatch.setattr(train_mnist, "draw_tiles", lambda *args: drawn.append(args))
-    groups = [{"label": "name", "saes": saes}]
-    train_mnist.plot_pairs(groups)
-    _, features, titles, columns, _ = drawn[0]
-    shown = [place for place, title in enumerate(titles) if title]
-    assert len(shown) == min(8, n)
-    for place in shown:
-        assert torch.equal(features[place], features[place + columns])
-    monkeypatch.undo()
-    train_mnist.plot_pairs(groups * 3)  # and it can be drawn, in rows of two
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_other_images_in_mnists_format_do_not_pass_for_mnist(suffix, small_mnist):
+    folder, images = small_mnist
+    for name in images:
+        other = images[name].copy()
+        other[7, 3, 3] ^= 1
+        path = folder / "MNIST" / "raw" / f"{name}{suffix}"
+        write_idx(path, other)
+        with pytest.raises(UserError, match=path.name):
+            load_images(str(folder))
+        write_idx(path, images[name])
+    load_images(str(folder))
 
 
-# --- sweeps and settings
-
-
-def test_lists_sweep_their_product_once_each():
-    line = ["--arch", "relu", "topk", "--k", "8", "16", "--l2", "0", "1e-5", "--seed", "0", "1", "1"]
-    names = {folder.name for folder in parse(line)[1]}
-    assert len(names) == 2 * 2 * 1 + 2 * 2 * 2  # relu does not know k
-    assert "topk_k16_l2-1e-05_seed1" in names
-    assert "relu_l2-0_seed0" in names
-    (both,) = parse(["--tied-init", "--unit-norm", "--epochs", "2"])[1]
-    assert both.name == "relu_l2-0_tied-init_unit-norm_2-epochs_seed0"
-    assert len(parse(["--tied-init", "off", "on", "--clip", "0", "1"])[1]) == 4
-
-
-def test_the_defaults_are_the_study():
-    hp = settings()
-    assert (hp.arch, hp.d_in, hp.d_sae, hp.sparsity, hp.lr, hp.batch_size) == ("relu", 784, 1568, 0.1, 1e-3, 512)
-    assert (hp.steps, hp.warmup, hp.decay, hp.clip) == (100 * 118, 0, 0, 0)
-    assert (hp.reduction, hp.l1, hp.l2, hp.dead_after) == ("mean", 0, 0, 300_000)
-    assert (hp.tied_init, hp.unit_norm, hp.biases) == (False, False, False)
-    tied = settings("--tied-init", "--unit-norm")
-    assert (tied.tied_init, tied.unit_norm, tied.biases) == (True, True, True)
-    glyphs = settings("--data", "glyphs")
-    assert (glyphs.d_sae, glyphs.batch_size, glyphs.steps) == (512, 128, 20 * 157)
-
-
-def test_a_longer_run_of_relu_starts_as_the_shorter_one():
-    """At a constant rate and without k to anneal; so figures at 20 epochs are those of a 100-epoch run on its way."""
-    images = draw_glyphs(2000)
-    saes = []
-    for epochs in (1, 3):
-        hp = settings(*TINY, "--epochs", str(epochs), "--l2", "1e-5")
-        trainer, stream = train_mnist.Trainer(hp), batches(images, hp)
-        for _ in range(15):
-            trainer.train_step(next(stream))
-        saes.append(trainer.sae)
-    assert torch.equal(saes[0].W_enc, saes[1].W_enc)
-
-
-# --- the whole command
-
-
-def test_the_command_trains_measures_draws_and_compares(tmp_path, capsys):
-    line = [*TINY, "--arch", "relu", "matryoshka", "--l2", "0", "1e-5", "--seed", "0", "1", "--k", "4"]
-    train_mnist.main([*line, "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    runs = [p for p in tmp_path.iterdir() if p.is_dir()]
-    assert len(runs) == 8
-    for run in runs:
-        wanted = {
-            "cfg.json",
-            "sae_weights.safetensors",
-            "hparams.json",
-            "metrics.jsonl",
-            "quality.json",
-            "covariance.npy",
-            "features.png",
-        }
-        assert {p.name for p in run.iterdir()} == wanted
-        assert json.loads((run / "hparams.json").read_text())["complete"] is True
-        result = json.loads((run / "quality.json").read_text())
-        assert result["inputs"] == 2000
-        assert 0 < result["l0"] < 64
-        assert SAE.load(run).metadata["hook_name"] == "pixels"
-    assert len(json.loads((tmp_path / "consistency.json").read_text())["groups"]) == 4
-    assert (tmp_path / "pairs.png").exists()
-    assert out.count("always shared") == 1
-    assert "| matryoshka, l2 1e-5 " in out
-    before = {run: weights(run) for run in runs}
-    times = {run: (run / "sae_weights.safetensors").stat().st_mtime_ns for run in runs}
-    train_mnist.main([*line, "--out", str(tmp_path)])  # nothing is trained again
-    assert "training" not in capsys.readouterr().out
-    for run in runs:
-        assert weights(run) == before[run]
-        assert (run / "sae_weights.safetensors").stat().st_mtime_ns == times[run]
-
-
-def test_interrupted_and_repeated_ends_with_the_same_weights(tmp_path):
-    # CHECKPOINT_SECONDS is patched so that a kill finds a checkpoint of a short run
-    patched = "import train_mnist, sae; sae.CHECKPOINT_SECONDS = 0.2; sae.run_command(train_mnist.main)"
-
-    def start(out):
-        line = [sys.executable, "-c", patched, *TINY, "--epochs", "15", "--l2", "1e-5", "--tied-init"]
-        others = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-        return subprocess.Popen([*line, "--out", str(tmp_path / out)], cwd=ROOT, text=True, **others)
-
-    hows = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-    whole, running = start("whole"), {how: start(how.name) for how in hows}
-    stop_at_checkpoint({how: (process, tmp_path / how.name) for how, process in running.items()})
-    assert whole.communicate()[1] is not None
-    assert whole.returncode == 0
-    said = {how: process.communicate()[1] for how, process in running.items()}
-    assert running[signal.SIGINT].returncode == 1
-    assert said[signal.SIGINT].strip().splitlines()[-1].startswith("interrupted: the same command goes on")
-    assert "Traceback" not in said[signal.SIGINT]
-    assert not list(tmp_path.glob("SIG*/*/sae_weights.safetensors"))
-    again = [start(how.name) for how in hows]
-    for process in again:
-        process.communicate()
-        assert process.returncode == 0
-    (expected,) = (tmp_path / "whole").glob("relu*")
-    for how in hows:
-        run = tmp_path / how.name / expected.name
-        assert weights(run) == weights(expected)
-        assert (run / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
-        assert not (run / "checkpoint.pt").exists()
-
-
-# --- bad input: one line, its exit status, nothing written
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--arch", "gated"], "--arch gated: choose from relu, topk, batchtopk, matryoshka"),
-        (["--l2", "-1"], "--l2 -1.0: give a number from 0 to"),
-        (["--arch", "topk", "--k", "100"], "--k 100: give a number from 1 to --d-sae, which is 64"),
-        (["--epochs", "0"], "--epochs: 0: give 1 or more"),
-        (["--batch-size", "0"], "--batch-size 0: give a number from 1"),
-        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--device", "abacus"], "--device abacus"),
-        (["--l3", "1"], "unrecognized arguments: --l3"),
-        (["--data", "nowhere"], "--data nowhere: no nowhere/MNIST/raw"),
-    ],
-)
-def test_a_command_line_that_cannot_work_says_why_and_writes_nothing(arguments, message, tmp_path, refusal):
-    assert message in refusal(train_mnist.main, [*TINY, "--out", str(tmp_path / "out"), *arguments])
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_error_is_one_line_with_exit_status_two_for_the_command_line_and_one_for_all_else(tmp_path):
-    done = command(*TINY, "--l1", "-3")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --l1 -3.0: give a number from 0 to")
-    (tmp_path / "file").write_text("")
-    other = command(*TINY, "--out", tmp_path / "file" / "runs")
-    assert other.returncode == 1
-    assert other.stderr.startswith("error: nothing can be written in")
-    assert [done.stderr.count("\n"), other.stderr.count("\n")] == [1, 1]
-
-
-def test_a_folder_of_another_run_is_left_alone(tmp_path, capsys):
-    train_mnist.main([*TINY, "--out", str(tmp_path)])
-    (run,) = (p for p in tmp_path.iterdir() if p.is_dir())
-    found = json.loads((run / "hparams.json").read_text())
-    found["hparams"]["clip"] = 5.0
-    (run / "hparams.json").write_text(json.dumps(found))
-    before = weights(run)
-    with pytest.raises(UserError, match=r"--clip 5\.0 instead of 0\.0: give another --out"):
-        train_mnist.main([*TINY, "--out", str(tmp_path)])
-    assert weights(run) == before
-
-
-def test_a_loss_that_becomes_nan_ends_with_one_line_and_keeps_what_is_finished(tmp_path):
-    train_mnist.main([*TINY, "--out", str(tmp_path)])
-    done = command(*TINY, "--l2", "1e38", "--epochs", "10", "--out", tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: the loss is not finite at step 100: lower --lr")
-    assert "Traceback" not in done.stderr
-    finished = [p for p in tmp_path.iterdir() if (p / "sae_weights.safetensors").exists()]
-    assert len(finished) == 1
+def test_damaged_files_are_named_and_nothing_is_downloaded(small_mnist, monkeypatch):
+    folder, images = small_mnist
+    monkeypatch.setattr(torchvision.datasets, "MNIST", None)
+    raw = folder / "MNIST" / "raw"
+    first, second = images
+    whole = (raw / f"{first}.gz").read_bytes()
+    for damaged in (whole[:-10], whole[:5], b"<html>", whole[:100] + b"x" + whole[101:]):
+        (raw / f"{first}.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=first):
+            load_images(str(folder))
+    (raw / f"{first}.gz").write_bytes(whole)
+    (raw / second).write_bytes(b"\0\0\x08\x03\0\0")
+    with pytest.raises(UserError, match=second):
+        load_images(str(folder))
+    (raw / second).unlink()
+    (raw / f"{second}.gz").unlink()
+    with pytest.raises(UserError, match=f"no .*{second}"):
+        load_images(str(folder))
 
 
 def test_no_network_offers_the_glyphs(monkeypatch, tmp_path):
@@ -287,57 +149,288 @@ def test_no_network_offers_the_glyphs(monkeypatch, tmp_path):
         load_images("mnist")
 
 
-def test_a_folder_without_mnist_is_not_filled_from_the_network(tmp_path):
-    with pytest.raises(UserError, match=r"no .*train-images-idx3-ubyte\.gz: give a folder with MNIST/raw in it"):
-        load_images(str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_truncated_archive_is_named(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, _ in torchvision.datasets.MNIST.resources:
-        (raw / name).write_bytes(gzip.compress(b"\0" * 1000)[:-10])
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
-        load_images(str(tmp_path))
-
-
-def test_an_unpacked_file_cut_short_is_no_traceback(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, _ in torchvision.datasets.MNIST.resources:
-        (raw / name).with_suffix("").write_bytes(b"\0\0\x08\x03\0\0")
-    with pytest.raises(UserError, match="no MNIST to be had"):
-        load_images(str(tmp_path))
-
-
-# --- the real thing
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mnist") / "copy"
-    shutil.copytree(REAL_MNIST, folder)
-    for path in folder.rglob("*"):
-        path.chmod(0o755)
-    return folder
-
-
 @needs_mnist
-def test_real_mnist_loads_as_two_tensors_of_pixels(mnist):
-    train, test = load_images(str(mnist))
-    assert train.shape == (DATA["mnist"][0], 784)
+def test_real_mnist_is_what_its_hashes_say():
+    train, test = load_images(REAL_MNIST)  # which may not be writable
+    assert train.shape == (train_mnist.IMAGE_SETS["mnist"].n_train, 784)
     assert test.shape == (10_000, 784)
     assert (train.min(), train.max()) == (0, 1)
     assert train.mean().item() == pytest.approx(0.1307, abs=1e-4)  # the well-known mean of MNIST
 
 
-@needs_mnist
-def test_real_mnist_is_learnt_in_one_epoch(mnist, tmp_path):
-    line = ["--data", mnist, "--epochs", 1, "--d-sae", 256, "--tied-init", "--l2", "1e-5", "--out", tmp_path]
-    done = command(*line)
+# --- settings and sweeps
+
+
+def test_lists_sweep_their_product_once_each():
+    line = [
+        "--arch",
+        "relu",
+        "topk",
+        "--k",
+        "8",
+        "16",
+        "--l2",
+        "0",
+        "1e-5",
+        "--seed",
+        "0",
+        "1",
+        "1",
+    ]
+    names = {folder.name for folder in parse(line)[1]}
+    assert len(names) == 2 * 2 * 1 + 2 * 2 * 2  # relu has no k
+    assert "topk_k16_l2-1e-05_seed1" in names
+    assert "relu_l2-0_seed0" in names
+    (both,) = parse(["--tied-init", "--unit-norm", "--epochs", "2"])[1]
+    assert both.name == "relu_l2-0_tied-init_unit-norm_2-epochs_seed0"
+    assert len(parse(["--tied-init", "off", "on", "--clip", "0", "1"])[1]) == 4
+
+
+def test_the_defaults_are_the_study():
+    hp = settings()
+    assert (hp.arch, hp.d_in, hp.d_sae, hp.sparsity, hp.lr) == ("relu", 784, 1568, 0.1, 1e-3)
+    assert (hp.batch_size, hp.steps) == (512, 100 * 118)
+    assert (hp.warmup, hp.decay, hp.clip, hp.reduction, hp.dtype) == (0, 0, 0, "mean", "float32")
+    assert (hp.l1, hp.l2, hp.dead_after) == (0, 0, 300_000)
+    assert (hp.tied_init, hp.unit_norm, hp.biases) == (False, False, False)
+    tied = settings("--tied-init", "--unit-norm")
+    assert (tied.tied_init, tied.unit_norm, tied.biases) == (True, True, True)
+    glyphs = settings("--data", "glyphs")
+    assert (glyphs.d_sae, glyphs.batch_size, glyphs.steps) == (512, 128, 20 * 157)
+
+
+def test_the_folder_that_images_came_from_is_recorded():
+    assert settings().data == "mnist"
+    assert settings("--data", "somewhere/else").data == "somewhere/else"
+    same = settings("--data", "somewhere/else")
+    same.data = "mnist"
+    assert same == settings()
+
+
+def test_seed_and_data_seed_act_apart():
+    images = draw_glyphs(1000)
+    first, orders = {}, {}
+    for seed, data_seed in ((0, 0), (1, 0), (0, 1)):
+        hp = settings(*TINY, "--seed", seed, "--data-seed", data_seed)
+        batches = Rows(images, scale=1.0).batches(hp, 0, {})
+        orders[seed, data_seed] = torch.stack([next(batches) for _ in range(4)])
+        first[seed, data_seed] = Trainer(hp).sae.W_dec.detach()
+    assert torch.equal(orders[0, 0], orders[1, 0])
+    assert not torch.equal(orders[0, 0], orders[0, 1])
+    assert torch.equal(first[0, 0], first[0, 1])
+    assert not torch.equal(first[0, 0], first[1, 0])
+
+
+def test_a_longer_run_of_relu_starts_as_the_shorter_one():
+    """Its rate is constant; so figures after 20 epochs are those of a longer run on its way."""
+    source = Rows(draw_glyphs(1000), scale=1.0)
+    saes = []
+    for epochs in (1, 3):
+        hp = settings(*TINY, "--epochs", epochs, "--l2", "1e-5")
+        trainer, batches = Trainer(hp), source.batches(hp, 0, {})
+        for _ in range(12):
+            trainer.train_step(next(batches))
+        saes.append(trainer.sae)
+    assert torch.equal(saes[0].W_enc, saes[1].W_enc)
+
+
+# --- the whole command
+
+
+def test_the_command_trains_measures_draws_and_compares(few_glyphs, tmp_path, capsys):
+    line = ["--arch", *ARCHS, "--seed", 0, 1, "--k", 4, "--l2", "1e-5"]
+    runs = command(tmp_path, *line)
+    printed = capsys.readouterr().out
+    assert len(runs) == 2 * len(ARCHS)
+    _, test_images = load_images("glyphs")
+    for run in runs:
+        sae = SAE.load(run)
+        quality, _ = evaluate.quality(sae, [test_images])
+        written = json.loads((run / "quality.json").read_text())
+        assert written["inputs"] == 500
+        assert written["fve"] == pytest.approx(quality["fve"], abs=1e-5)
+        assert sae.metadata["hook_name"] == "pixels"
+        covariance = np.load(run / "covariance.npy")
+        assert np.allclose(covariance, np.cov(test_images.T.numpy()), atol=1e-5)
+        assert (run / "features.png").stat().st_size > 1000
+        assert f"{run}: fve {written['fve']:.4f}" in printed
+    assert len(json.loads((tmp_path / "consistency.json").read_text())["groups"]) == len(ARCHS)
+    assert (tmp_path / "pairs.png").stat().st_size > 1000
+
+    times = {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()}
+    assert command(tmp_path, *line) == runs
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "nothing is done again"
+    assert "to do" not in capsys.readouterr().out
+
+
+def test_a_command_that_stopped_before_the_pictures_has_saved_its_sae(
+    few_glyphs, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "plot_features", fail)
+        with pytest.raises(ZeroDivisionError):
+            command(tmp_path, "--seed", 0, 1)
+    runs = sorted(tmp_path.iterdir())
+    before = [weights(run) for run in runs]
+    assert not any((run / "quality.json").exists() for run in runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", fail)
+        assert command(tmp_path, "--seed", 0, 1) == runs
+    assert [weights(run) for run in runs] == before
+    for run in runs:
+        assert (run / "quality.json").exists()
+        assert (run / "features.png").exists()
+
+
+def test_a_command_that_was_interrupted_ends_with_the_same_weights(few_glyphs, tmp_path):
+    line = ["--epochs", 300, "--l2", "1e-5", "--tied-init"]
+    # A short run has checkpoints where they are made often, and images where they are few.
+    code = (
+        "import sae, train_mnist as t; sae.CHECKPOINT_SECONDS = 0.2; t.N_TEST_GLYPHS = 500;"
+        "t.IMAGE_SETS['glyphs'] = t.IMAGE_SETS['glyphs']._replace(n_train=2000);"
+        "sae.run_command(t.main)"
+    )
+    out = tmp_path / "stopped"
+    arguments = [sys.executable, "-c", code, *TINY, "--out", out, *line]
+    running = subprocess.Popen(
+        [str(argument) for argument in arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
+    stop_at_checkpoint({signal.SIGINT: (running, out)})
+    assert running.returncode == 1
+    assert running.stderr.read().strip().splitlines()[-1].startswith("interrupted")
+    (whole,) = command(tmp_path / "whole", *line)
+    (stopped,) = command(out, *line)
+    assert weights(stopped) == weights(whole)
+    assert (stopped / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert not (stopped / "checkpoint.pt").exists()
+
+
+def test_a_backend_of_notebooks_in_the_environment_breaks_nothing(tmp_path):
+    code = "import train_mnist as t; t.draw_glyphs(2); import evaluate; evaluate.new_figure(1)"
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_backend"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    (run,) = (p for p in tmp_path.iterdir() if p.is_dir())
+
+
+def test_a_folder_of_another_run_is_left_alone(few_glyphs, tmp_path):
+    (run,) = command(tmp_path)
+    content = json.loads((run / "hparams.json").read_text())
+    content["hparams"]["clip"] = 5.0
+    (run / "hparams.json").write_text(json.dumps(content))
+    before = weights(run)
+    with pytest.raises(UserError, match=r"--clip 5\.0 .*give another --out"):
+        command(tmp_path)
+    assert weights(run) == before
+
+
+def test_a_loss_that_is_not_a_number_keeps_what_is_finished(few_glyphs, tmp_path):
+    command(tmp_path)
+    with pytest.raises(UserError, match="the loss is not finite"):
+        command(tmp_path, "--l2", "1e38", "--epochs", 20)
+    assert len(list(tmp_path.glob("*/sae_weights.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--l1", "-3"], "--l1"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--epochs", "0"], "--epochs"),
+    ],
+)
+def test_a_command_line_that_cannot_work_names_the_flag_and_writes_nothing(
+    arguments, message, tmp_path, refusal
+):
+    line = [*TINY, "--out", tmp_path / "out", *arguments]
+    assert message in refusal(train_mnist.main, line)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_mnist
+def test_real_mnist_is_learnt_in_one_epoch(tmp_path):
+    line = ["--data", REAL_MNIST, "--epochs", 1, "--d-sae", 256, "--batch-size", 512]
+    (run,) = command(tmp_path, *line, "--tied-init", "--l2", "1e-5")
     result = json.loads((run / "quality.json").read_text())
     assert result["inputs"] == 10_000
     assert result["fve"] > 0.75
+    assert SAE.load(run).metadata["model_name"] == REAL_MNIST
+
+
+# --- pictures
+
+
+def sae_of(rows):
+    """An SAE with these decoder rows [n, 784]."""
+    sae = SAE(784, len(rows), "relu")
+    with torch.no_grad():
+        sae.encoder.copy_(rows)
+        sae.W_dec.copy_(rows)
+    return sae
+
+
+def group_of(*saes, label="relu, l2 1e-05"):
+    return SimpleNamespace(runs=[SimpleNamespace(sae=sae) for sae in saes], label=label)
+
+
+@pytest.mark.parametrize("n", [3, 8, 11, 40])
+def test_partners_stand_below_their_features_whatever_their_number(n, monkeypatch):
+    rows = torch.randn(n, 784, generator=torch.Generator().manual_seed(0))
+    other = -rows.flip(0)
+    drawn = []
+    monkeypatch.setattr(train_mnist, "draw_tiles", lambda *arguments: drawn.append(arguments))
+    train_mnist.plot_pairs([group_of(sae_of(rows), sae_of(other))])
+    ((_, tiles, columns, _),) = drawn
+    shown = [place for place, tile in enumerate(tiles) if tile and tile.title]
+    assert len(shown) == min(8, n)
+    for place in shown:
+        assert torch.equal(tiles[place].image, -tiles[place + columns].image)
+        assert tiles[place].title == "-1.00"
+
+
+def test_pairs_go_from_the_most_alike_to_the_least():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 784, generator=generator)
+    noise = torch.randn(60, 784, generator=generator) * torch.linspace(0, 3, 60)[:, None]
+    pairs = train_mnist.example_pairs(sae_of(rows), sae_of(rows + noise), 8)
+    cosines = [abs(pair.cosine) for pair in pairs]
+    assert cosines == sorted(cosines, reverse=True)
+    assert cosines[0] == pytest.approx(1)
+    assert cosines[-1] < 0.4
+    for pair in pairs:
+        expected = torch.cosine_similarity(pair.a, pair.b, dim=0).item()
+        assert pair.cosine == pytest.approx(expected)
+
+
+def test_the_strongest_features_come_first(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_mnist, "draw_tiles", lambda *arguments: drawn.append(arguments))
+    rows = torch.eye(784)[:5] * torch.tensor([1.0, 2, 3, 4, 5])[:, None]
+    train_mnist.plot_features(sae_of(rows), torch.tensor([9.0, 1, 2, 0, 1]))
+    ((_, tiles, _, _),) = drawn
+    assert [tile.title for tile in tiles] == ["9.00", "6.00", "5.00", "2.00", "0.00"]
+    assert torch.equal(tiles[1].image, rows[2])
+
+
+def test_a_tile_shows_each_pixel_where_it_is_on_a_scale_of_its_own():
+    image = torch.zeros(28, 28)
+    image[0, 0], image[27, 0], image[0, 27] = 5.0, -2.5, 1.0
+    tile = train_mnist.Tile(image.flatten(), "title")
+    axis = evaluate.new_figure(2).subplots()
+    train_mnist.draw_tiles(axis, [tile, None, tile], 2, "")
+    (shown,) = axis.get_images()
+    canvas = np.array(shown.get_array())
+    found = {(row, column): canvas[row, column] for row, column in np.argwhere(canvas)}
+    tops, left = (10, 48), 2
+    expected = {}
+    for top in tops:
+        expected[top, left] = 1.0
+        expected[top + 27, left] = -0.5
+        expected[top, left + 27] = 0.2
+    assert found == pytest.approx(expected)
+    assert [text.get_text() for text in axis.texts] == ["title", "title"]
