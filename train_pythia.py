@@ -6,6 +6,10 @@
     python train_pythia.py --data acts.npy --tokens 2e7            rows [N, d_in]; no language model
     torchrun --nproc-per-node 8 train_pythia.py --k 40 80 --seed 0 1 2 3      divided among 8 GPUs
 
+--data is "pile", the text that Pythia was trained on, of which only as much is downloaded as it
+takes; or a file: text (.txt, or .jsonl with a "text" in each line), token ids (.bin of uint16, or a
+one-dimensional .npy of any integers), or activations (.npy or .pt, [N, d_in]).
+
 Lists sweep: the product of all of them is trained, every SAE on the same stream of activations, so
 the language model runs once. A finished SAE is not trained again, and an interrupted command goes
 on where it was.
@@ -74,7 +78,7 @@ def load_model(name, device, bfloat16=True):
     `name` is a name of the hub or a folder. With `bfloat16`, matrix products are in bfloat16.
     Raises UserError where there is no such model, or where it is not clear how to read it.
     """
-    # On a CPU the weights stay in float32 and products alone are in bfloat16 (see `products`). That
+    # On a CPU the weights stay in float32 and only products are in bfloat16 (see `precision`). That
     # is as fast, and the residual stream, which is a long sum, is not rounded.
     dtype = torch.bfloat16 if bfloat16 and device.type != "cpu" else torch.float32
     dtype_argument = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
@@ -107,8 +111,11 @@ def blocks(model):
 
 
 def final_norm(model):
-    """The module between the last block and the unembedding. It is mostly a norm; the identity in
-    families that have none there, and a projection in OPT-350M."""
+    """The module between the last block and the unembedding.
+
+    It is a norm in most families. Some have none there: then it is the identity, or in OPT-350M the
+    projection to the width of the embeddings.
+    """
     return anatomy(model).final_norm
 
 
@@ -241,7 +248,7 @@ def residual_stream(model, tokens, layer):
         found.append(resid)
         raise Reached
 
-    with suppress(Reached), spliced(model, layer, read), products(model):
+    with suppress(Reached), spliced(model, layer, read), precision(model):
         model(input_ids=tokens, use_cache=False)
     return found[0]
 
@@ -252,7 +259,7 @@ def cross_entropy(model, contexts):
     total = 0.0
     n_tokens = 0
     for tokens in contexts:
-        with products(model):
+        with precision(model):
             logits = model(input_ids=tokens, use_cache=False).logits  # [B, context, vocabulary]
         predicted = logits[:, :-1].flatten(0, 1).float()
         following = tokens[:, 1:].flatten()
@@ -261,7 +268,7 @@ def cross_entropy(model, contexts):
     return total / n_tokens
 
 
-def products(model):
+def precision(model):
     """Within it, a model in float32 multiplies in bfloat16, where load_model was asked for that."""
     enabled = getattr(model, "bfloat16_products", False)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
@@ -272,8 +279,8 @@ def products(model):
 
 
 def outlier_limit(resid):
-    """The norm from which an activation is an outlier: 10 times the median of resid [B, context,
-    d_in], first positions aside (as the study has it)."""
+    """The norm above which an activation is an outlier, as the study has it: 10 times the median of
+    those in resid [B, context, d_in], first positions aside."""
     return 10 * resid[:, 1:].float().norm(dim=-1).median().item()
 
 
@@ -495,8 +502,9 @@ def block_of_hook(folder, hook):
     """The block whose output a hook of TransformerLens names. Raises UserError."""
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
     if found:
-        # What goes into a block is what the one before it puts out
-        layer = int(found[1]) - (found[2] == "pre")
+        layer = int(found[1])
+        if found[2] == "pre":
+            layer -= 1  # what goes into a block is what the one before it puts out
         if layer >= 0:
             return layer
     way_out = "only what a block puts out can be read, such as blocks.3.hook_resid_post"
@@ -514,8 +522,10 @@ def hub_name(name):
 
 
 class OpenRun(NamedTuple):
+    """A language model, and text in its tokens."""
+
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Any  # of one of transformers' many classes
     tokens: np.ndarray  # a flat array of token ids
 
 
@@ -572,8 +582,9 @@ def open_text_source(args, device):
     # A little more than asked for, since some activations are dropped
     n_tokens = int(args.tokens * 1.01)
     train_tokens, held_out_tokens = open_tokens(args, n_tokens, tokenizer, model)
-    buffer_size = min(BUFFER, int(args.tokens))
-    enough = max(buffer_size, args.context)
+    # One filling of whole contexts does for a short run
+    buffer_size = min(BUFFER, n_tokens + args.context)
+    enough = max(min(BUFFER, int(args.tokens)), args.context)
     if len(train_tokens) < enough:
         has = f"{len(train_tokens):,} tokens to train on"
         raise UserError(f"--data {args.data}: {has}, give at least {enough:,} or lower --tokens")
@@ -685,9 +696,7 @@ def check_width(tokens, data, model):
 
 
 def check_ids(tokens, data, model):
-    """Raise UserError where there are no tokens, or one that the model does not have."""
-    if len(tokens) == 0:
-        raise UserError(f"--data {data}: nothing in it")
+    """Raise UserError where there is a token that the model does not have."""
     n = model.get_input_embeddings().num_embeddings
     for start in range(0, len(tokens), 10_000_000):
         part = tokens[start : start + 10_000_000]
@@ -703,8 +712,8 @@ def tokenise(path, tokenizer):
     Every document (a .txt is one, a .jsonl has one a line) follows an end-of-text token. The text
     is read in pieces, so memory does not depend on its length.
     """
-    file = path.stat()
-    version = [str(path.resolve()), file.st_size, file.st_mtime_ns, fingerprint(tokenizer)]
+    now = path.stat()
+    version = [str(path.resolve()), now.st_size, now.st_mtime_ns, fingerprint(tokenizer)]
     digest = hashlib.sha256(json.dumps(version).encode()).hexdigest()[:12]
     target = CACHE / "tokens" / f"{path.name}-{digest}.uint32"
     make_folder(target.parent)
@@ -712,8 +721,7 @@ def tokenise(path, tokenizer):
         if target.exists():
             return target
         with replacing(target) as temporary, open(temporary, "wb") as file:
-            pieces = tqdm(documents(path), desc=f"tokenising {path.name}", unit="piece")
-            for piece in pieces:
+            for piece in tqdm(documents(path), desc=f"tokenising {path.name}", unit="piece"):
                 ids = []
                 if piece.starts_document and tokenizer.eos_token_id is not None:
                     ids.append(tokenizer.eos_token_id)
