@@ -52,6 +52,7 @@ from sae import (
 )
 from train_pythia import (
     Stream,
+    check_model,
     cut_contexts,
     decode_parts,
     end_tokens,
@@ -186,19 +187,16 @@ def generate(model, layer, prompt, vectors, uniform, settings):
     first_steered = 0 if settings.steer_prompt else len(prompt)
     cache, n_cached = None, 0
     for step in range(uniform.shape[1]):
-        # Read what is not in the cache yet: the prompt, then one token at a time. Some recurrent
-        # models return no cache that they would take back: these read the whole text every time.
+        # Only what is not in the cache is read: the prompt, then a token at a time. Some recurrent
+        # models return no cache that could be given back: they read the whole text every time.
         steered = torch.arange(n_cached, tokens.shape[1], device=tokens.device) >= first_steered
         added = vectors[:, None] * steered[:, None]  # [n, positions read, d_in]
+        cached = {} if cache is None else {cache_name: cache}
+        use_cache = step == 0 or cache is not None
         with spliced(model, layer, partial(add, added)):
-            if cache is None:
-                out = model(input_ids=tokens, use_cache=step == 0)
-            else:
-                new = tokens[:, n_cached:]
-                out = model(input_ids=new, use_cache=True, **{cache_name: cache})
+            out = model(input_ids=tokens[:, n_cached:], use_cache=use_cache, **cached)
         cache = out.get(cache_name)
-        if cache is not None:
-            n_cached = tokens.shape[1]
+        n_cached = 0 if cache is None else tokens.shape[1]
         next_tokens = sample(
             out.logits[:, -1], uniform[:, step], settings.temperature, settings.top_p
         )
@@ -430,11 +428,16 @@ def beside_control(texts, outcome):
     return np.array(pairs).reshape(-1, 2)
 
 
-def with_interval(value, resampled):
-    """A figure and the middle 95% of its resampled values; None for what is not finite."""
-    resampled = np.sort(resampled[~np.isnan(resampled)])
-    tail = int(0.025 * len(resampled))
-    low, high = (resampled[tail], resampled[-1 - tail]) if len(resampled) else (np.nan, np.nan)
+def with_interval(values):
+    """The first of values, a figure, and the middle 95% of the others, its resampled values.
+
+    None stands for what is infinite or undefined, which a JSON file cannot hold.
+    """
+    value, resampled = values[0], np.sort(values[1:][~np.isnan(values[1:])])
+    low, high = np.nan, np.nan
+    if len(resampled):
+        tail = int(0.025 * len(resampled))
+        low, high = resampled[tail], resampled[-1 - tail]
     value, low, high = (float(n) if np.isfinite(n) else None for n in (value, low, high))
     return {"value": value, "interval": [low, high]}
 
@@ -453,20 +456,20 @@ def rates_by_feature(texts, outcome):
     means = []
     for _ in range(RESAMPLES):
         means.append(pairs[generator.integers(len(pairs), size=len(pairs))].mean(0))
-    steered, control = np.array([pairs.mean(0), *means]).T  # the figures first, then resampled
+    steered, control = np.array([pairs.mean(0), *means]).T  # the figures, and then resampled
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = steered / control
-    difference = steered - control
     return {
         "features": len(pairs),
-        "steered": with_interval(steered[0], steered[1:]),
-        "control": with_interval(control[0], control[1:]),
-        "difference": with_interval(difference[0], difference[1:]),
-        "ratio": with_interval(ratio[0], ratio[1:]),
+        "steered": with_interval(steered),
+        "control": with_interval(control),
+        "difference": with_interval(steered - control),
+        "ratio": with_interval(ratio),
     }
 
 
 def mean_difference(a, b, axis=-1):
+    """What permutation_test tests."""
     return a.mean(axis) - b.mean(axis)
 
 
@@ -855,10 +858,13 @@ class Job(NamedTuple):
 def prepare(folder, args):
     """Read a run folder and choose its features, before any work is done. Raises UserError.
 
-    These are those of --features; else --n at random of those in autointerp.json, if there is one,
-    or of the alive.
+    They are those of --features, or else --n at random: of those in autointerp.json where there is
+    one, of those alive where there is none.
     """
     run, sae = read_run(folder), SAE.load(folder)
+    width = check_model(run)
+    if sae.d_in != width:
+        raise UserError(f"{folder}: an SAE of width {sae.d_in}, but {run.model} has {width}")
     explanations = read_explanations(folder, sae.d_sae)
     among = evaluate.alive_by_weight(sae)
     if explanations:

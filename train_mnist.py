@@ -223,38 +223,36 @@ def main(argv=None):
 
 
 class Tile(NamedTuple):
-    image: torch.Tensor  # [784]
+    images: list  # of one image [784], or of several that belong together, one below the other
     title: str
 
 
 def draw_tiles(axis, tiles, columns, heading):
-    """Tiles as images in rows of `columns`, each on its own scale; None leaves a place empty.
-
-    Red adds ink, blue takes it away.
-    """
-    n_rows, height, width = math.ceil(len(tiles) / columns), 38, 32
-    canvas = np.zeros((max(n_rows, 1) * height + 2, columns * width))
+    """Tiles in rows of `columns`; each image on its own scale: red adds ink, blue takes it away."""
+    width = 32
+    height = 11 + 30 * len(tiles[0].images)
+    canvas = np.zeros((math.ceil(len(tiles) / columns) * height + 1, columns * width))
     for place, tile in enumerate(tiles):
-        if tile is None:
-            continue
         row, column = divmod(place, columns)
         top, left = row * height + 10, column * width + 2
-        image = tile.image.view(28, 28) / tile.image.abs().max().clamp(min=1e-12)
-        canvas[top : top + 28, left : left + 28] = image
         axis.text(left + 14, top - 2, tile.title, ha="center", fontsize=9)
-        x, y = np.array([0, 28, 28, 0, 0]) + left - 0.5, np.array([0, 0, 28, 28, 0]) + top - 0.5
-        axis.plot(x, y, "k", linewidth=0.5)
+        for image in tile.images:
+            scaled = image.view(28, 28) / image.abs().max().clamp(min=1e-12)
+            canvas[top : top + 28, left : left + 28] = scaled
+            x, y = np.array([0, 28, 28, 0, 0]), np.array([0, 0, 28, 28, 0])
+            axis.plot(left - 0.5 + x, top - 0.5 + y, "k", linewidth=0.5)  # a frame
+            top += 30
     axis.imshow(canvas, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_title(heading, fontsize=10)
     axis.axis("off")
 
 
 @torch.no_grad()
-def plot_features(sae, mean_acts, n=48):
-    """The strongest features, by decoder row: by its share of the ink, mean act times norm."""
+def plot_features(sae, mean_acts, n=49):
+    """The features with the largest shares of the ink, mean activation times norm: decoder rows."""
     strength = mean_acts * sae.W_dec.norm(dim=1)
     strongest = strength.argsort(descending=True)[:n]
-    tiles = [Tile(sae.W_dec[i], f"{strength[i]:.2f}") for i in strongest]
+    tiles = [Tile([sae.W_dec[i]], f"{strength[i]:.2f}") for i in strongest]
     figure = evaluate.new_figure(6)
     heading = "Decoder rows of the strongest features\n(above each: mean activation times norm)"
     draw_tiles(figure.subplots(), tiles, 7, heading)
@@ -283,24 +281,19 @@ def example_pairs(a, b, n):
     return [pairs[i] for i in evenly]
 
 
-def plot_pairs(groups, columns=4, rows=2):
-    """Some features of one seed, each above its partner in another: decoders, side by side for all
-    configurations."""
+def plot_pairs(groups):
+    """For each configuration some decoder rows of one seed, each above its partner in another."""
     groups = [group for group in groups if len(group.runs) > 1]
     n_lines = math.ceil(len(groups) / 2)
-    figure = evaluate.new_figure(0.7 + 3.6 * n_lines)
+    figure = evaluate.new_figure(0.6 + 3.2 * n_lines)
     axes = figure.subplots(n_lines, 2, squeeze=False).flatten()
     for axis in axes[len(groups) :]:
         axis.axis("off")
     for axis, group in zip(axes, groups):
-        pairs = example_pairs(group.runs[0].sae, group.runs[1].sae, columns * rows)
-        tiles = []
-        for start in range(0, len(pairs), columns):
-            some = pairs[start : start + columns]
-            empty = [None] * (columns - len(some))  # so that partners stand below each other
-            tiles += [Tile(pair.a, f"{pair.cosine:+.2f}") for pair in some] + empty
-            tiles += [Tile(pair.b, "") for pair in some] + empty
-        draw_tiles(axis, tiles, columns, textwrap.fill(group.label, 30))
+        pairs = example_pairs(group.runs[0].sae, group.runs[1].sae, 8)
+        tiles = [Tile([pair.a, pair.b], f"{pair.cosine:+.2f}") for pair in pairs]
+        if tiles:
+            draw_tiles(axis, tiles, 4, textwrap.fill(group.label, 30))
     figure.suptitle(
         "Decoder rows alone: features of one seed, each above its\n"
         "partner in another, with their cosine; best pair to worst",

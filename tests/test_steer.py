@@ -44,6 +44,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(steer, "RESAMPLES", 1000)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Files without anything drawn in them, which takes most of the time of a short command."""
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.touch())
+
+
 def tiny_model(family="gpt_neox"):
     """A random model whose predictions are not all alike."""
     settings = {**SMALL, **FAMILIES[family]}
@@ -432,7 +438,7 @@ def test_swapping_the_texts_turns_the_rating_back():
 
 
 def planted(n=60, prompts=("a", "b", "c")):
-    """Texts whose steered one holds the word of its explanation, more often the higher the score."""
+    """Texts; the steered one holds the word of its explanation, more often the higher the score."""
     generator, texts = np.random.default_rng(0), []
     for feature in range(n):
         score = round(generator.uniform(0.3, 1.0), 3)
@@ -801,6 +807,7 @@ def test_a_run_of_train_pythia_is_steered_too(run_folder, tmp_path):
     assert (run_folder[0] / "steering.json").read_text() == first, "alone as in company"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_rms_is_measured_on_text_where_saes_are_trained(runs, tmp_path):
     tokens = torch.randint(0, 96, (4096,), generator=torch.Generator().manual_seed(0))
     tokens.to(torch.uint16).numpy().tofile(tmp_path / "tokens.bin")
@@ -812,6 +819,7 @@ def test_rms_is_measured_on_text_where_saes_are_trained(runs, tmp_path):
     assert rms == pytest.approx(resid.square().sum(2).mean().sqrt().item(), rel=0.05)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_larger_n_asks_the_judge_only_about_what_is_new(runs, chat, tmp_path):
     explain(runs[0], range(40))
     chat.answer = lambda prompt: "ANSWER: 4"
@@ -829,6 +837,7 @@ def test_a_larger_n_asks_the_judge_only_about_what_is_new(runs, chat, tmp_path):
     assert len(set(prompts_of(chat))) == len(chat.requests)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_texts_of_the_same_settings_are_not_written_again(runs, tmp_path, monkeypatch):
     written = []
     steer_run = steer.steer_run
@@ -855,6 +864,7 @@ def test_texts_of_the_same_settings_are_not_written_again(runs, tmp_path, monkey
     assert written[-1] == [3, 5], "another SAE has other texts"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_judge_that_breaks_off_loses_no_text(runs, chat, tmp_path, refusal):
     explain(runs[0], [3, 5])
     chat.faults = [(401, {}, "who are you?")] * 100
@@ -894,6 +904,7 @@ def test_two_judges_rate_and_agree(runs, chat, tmp_path, capsys):
     assert len(chat.requests) == asked
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_features_are_drawn_from_those_in_autointerp_json(runs, tmp_path):
     explained = set(range(0, 64, 3))
     explain(runs[0], sorted(explained))
@@ -919,6 +930,7 @@ def test_features_whose_encoder_does_not_see_their_decoder_are_left_out_before_a
     assert "--mode preact" in refusal(steer.main, line)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_equal_settings_are_told_apart_and_nothing_counts_twice(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "again")
     folders = (runs[0], tmp_path / "again", runs[0])
@@ -928,6 +940,17 @@ def test_equal_settings_are_told_apart_and_nothing_counts_twice(runs, tmp_path):
     assert len(found["runs"]) == 2
     (comparison,) = found["comparisons"]
     assert comparison["rates"][0] == comparison["rates"][1]
+
+
+def test_an_sae_that_does_not_fit_its_model_is_refused(runs, model_folder, tmp_path):
+    metadata = {"model_name": str(model_folder), "context_size": 16}
+    for d_in, hook, message in ((16, "blocks.9.hook_resid_post", "--layer 9"), (8, None, "width")):
+        hook = hook or f"blocks.{LAYER}.hook_resid_post"
+        sae = SAE(d_in, 32, "relu")
+        torch.nn.init.normal_(sae.W_dec)
+        sae.save(tmp_path / "other", {**metadata, "hook_name": hook})
+        with pytest.raises(UserError, match=message):
+            command([tmp_path / "other"], tmp_path / "report")
 
 
 def test_explanations_of_another_sae_are_refused(runs, tmp_path):

@@ -286,10 +286,10 @@ def test_a_command_that_stopped_before_the_pictures_has_saved_its_sae(
 
 
 def test_a_command_that_was_interrupted_ends_with_the_same_weights(few_glyphs, tmp_path):
-    line = ["--epochs", 300, "--l2", "1e-5", "--tied-init"]
+    line = ["--epochs", 30, "--l2", "1e-5", "--tied-init"]
     # A short run has checkpoints where they are made often, and images where they are few.
     code = (
-        "import sae, train_mnist as t; sae.CHECKPOINT_SECONDS = 0.2; t.N_TEST_GLYPHS = 500;"
+        "import sae, train_mnist as t; sae.CHECKPOINT_SECONDS = 0.02; t.N_TEST_GLYPHS = 500;"
         "t.IMAGE_SETS['glyphs'] = t.IMAGE_SETS['glyphs']._replace(n_train=2000);"
         "sae.run_command(t.main)"
     )
@@ -385,12 +385,13 @@ def test_partners_stand_below_their_features_whatever_their_number(n, monkeypatc
     drawn = []
     monkeypatch.setattr(train_mnist, "draw_tiles", lambda *arguments: drawn.append(arguments))
     train_mnist.plot_pairs([group_of(sae_of(rows), sae_of(other))])
-    ((_, tiles, columns, _),) = drawn
-    shown = [place for place, tile in enumerate(tiles) if tile and tile.title]
-    assert len(shown) == min(8, n)
-    for place in shown:
-        assert torch.equal(tiles[place].image, -tiles[place + columns].image)
-        assert tiles[place].title == "-1.00"
+    ((_, tiles, _, _),) = drawn
+    assert len(tiles) == min(8, n)
+    for tile in tiles:
+        above, below = tile.images
+        assert torch.equal(above, -below)
+        assert tile.title == "-1.00"
+    train_mnist.plot_pairs([group_of(sae_of(rows), sae_of(other))] * 3)
 
 
 def test_pairs_go_from_the_most_alike_to_the_least():
@@ -414,23 +415,23 @@ def test_the_strongest_features_come_first(monkeypatch):
     train_mnist.plot_features(sae_of(rows), torch.tensor([9.0, 1, 2, 0, 1]))
     ((_, tiles, _, _),) = drawn
     assert [tile.title for tile in tiles] == ["9.00", "6.00", "5.00", "2.00", "0.00"]
-    assert torch.equal(tiles[1].image, rows[2])
+    assert torch.equal(tiles[1].images[0], rows[2])
 
 
 def test_a_tile_shows_each_pixel_where_it_is_on_a_scale_of_its_own():
     image = torch.zeros(28, 28)
     image[0, 0], image[27, 0], image[0, 27] = 5.0, -2.5, 1.0
-    tile = train_mnist.Tile(image.flatten(), "title")
+    flat = image.flatten()
+    tiles = [train_mnist.Tile([flat, 3 * flat], "first"), train_mnist.Tile([flat], "second")]
     axis = evaluate.new_figure(2).subplots()
-    train_mnist.draw_tiles(axis, [tile, None, tile], 2, "")
+    train_mnist.draw_tiles(axis, tiles, 1, "")
     (shown,) = axis.get_images()
     canvas = np.array(shown.get_array())
     found = {(row, column): canvas[row, column] for row, column in np.argwhere(canvas)}
-    tops, left = (10, 48), 2
     expected = {}
-    for top in tops:
-        expected[top, left] = 1.0
-        expected[top + 27, left] = -0.5
-        expected[top, left + 27] = 0.2
+    for top in (10, 40, 81):
+        expected[top, 2] = 1.0
+        expected[top + 27, 2] = -0.5
+        expected[top, 29] = 0.2
     assert found == pytest.approx(expected)
-    assert [text.get_text() for text in axis.texts] == ["title", "title"]
+    assert [text.get_text() for text in axis.texts] == ["first", "second"]
