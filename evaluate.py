@@ -1210,6 +1210,8 @@ def window_as_html(window, peak):
         shade = f"background:rgba(255,140,0,{max(act, 0) / peak:.2f})"
         spans.append(f'<span style="{shade}" title="{act:.3g}">{text}</span>')
     return "".join(spans)
+
+
 # ==================================================================================================
 # Machinery. Nothing below changes what is measured.
 # ==================================================================================================
@@ -1755,14 +1757,17 @@ def plot_penalty(groups, penalty):
             colour = "0.8" if many else f"C{number}"
             draw_line(axis, places, [panel.numbers_of(group) for group in line], colour, label)
         if many:
-            all_means = []
+            means = []  # of each weight, a list of one number
             for one in weights:
                 numbers = [panel.numbers_of(group) for group in groups if weight(group) == one]
-                all_means.append([np.mean(some) for some in numbers if some])
-            draw_line(axis, range(len(weights)), all_means, PENALTY, "mean")
+                of_settings = [np.mean(some) for some in numbers if some]
+                means.append([np.mean(of_settings)] if of_settings else [])
+            draw_line(axis, range(len(weights)), means, PENALTY, "mean")
         axis.set_title(panel.title, fontsize=10)
-        axis.set_xticks(range(len(weights)), [f"{one:g}" for one in weights])
+        axis.set_xticks(range(len(weights)), [f"{one:g}" for one in weights], fontsize=8)
         plain(axis)
+    for axis in axes[: len(panels)][-2:]:  # the lowest of either column
+        axis.tick_params(labelbottom=True)
     figure.supxlabel(f"weight of the penalty {penalty.replace('_', ' ')}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     if many:
@@ -2145,6 +2150,8 @@ def json_object(text):
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text}: give an object in JSON")
     return value
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line
 
