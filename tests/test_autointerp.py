@@ -1,5 +1,6 @@
 """evaluate.py autointerp: a judge's faults and replies, windows against a slow search, scores."""
 
+import itertools
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ from evaluate import (
     answer_line,
     ask_all,
     collect_windows,
+    decode_window,
     parse_explanation,
     parse_numbers,
     plan_trials,
@@ -314,6 +316,7 @@ REPLIES = {
     "a bold answer": "ANSWER: **{}**",
     "code": "`ANSWER: {}`",
     "a heading": "# Answer:\n\n{}",
+    "a block of code": "ANSWER:\n```\n{}\n```",
     "in quotes": 'ANSWER: "{}"',
     "in typographic quotes": "ANSWER: \u201c{}\u201d",
     "on a line of its own": "ANSWER:\n{}",
@@ -561,6 +564,9 @@ def test_windows_are_those_that_a_slow_search_finds():
         torch.randint(high, (n_random, len(features)), generator=generator)
     draws = [torch.rand(len(batch), len(features), generator=generator) for batch in contexts]
     draws = torch.cat(draws)
+    places = {}  # of every window there is, by its text
+    for row, start in itertools.product(range(40), range(24 - 7 + 1)):
+        places[Numbers().decode(tokens[row, start : start + 7].tolist())] = row, start
     assert any(windows.sampled for windows in found)
     for number, (feature, windows) in enumerate(zip(features, found)):
         mine = acts[:, :, feature]
@@ -569,22 +575,13 @@ def test_windows_are_those_that_a_slow_search_finds():
         assert [window.text for window in windows.sampled] == sampled
         assert len(windows.random) == 6
         for window in windows.top + windows.sampled + windows.random:
-            ids = [int(piece.removeprefix(" t")) for piece in window.pieces]
-            rows = [(row, ids) for row in range(40) if slice_of(tokens[row], ids) is not None]
-            ((row, _),) = rows
-            expected = mine[row, slice_of(tokens[row], ids)]
-            assert torch.allclose(torch.tensor(window.acts), expected, atol=1e-5)
+            row, start = places[window.text]
+            assert torch.allclose(
+                torch.tensor(window.acts), mine[row, start : start + 7], atol=1e-5
+            )
         assert windows.feature == feature
         assert windows.n_activations == (mine > 0).sum()
         assert windows.rate == pytest.approx((mine > 0).float().mean().item())
-
-
-def slice_of(row, ids):
-    """Where ids stand in a row of tokens, a slice; None where they do not."""
-    for start in range(len(row) - len(ids) + 1):
-        if row[start : start + len(ids)].tolist() == ids:
-            return slice(start, start + len(ids))
-    return None
 
 
 def test_no_two_windows_of_a_feature_are_of_one_context():
@@ -604,7 +601,7 @@ def test_windows_do_not_depend_on_the_size_of_the_batches():
 
 def test_sampled_windows_are_drawn_in_proportion_to_their_peaks(monkeypatch):
     """Three contexts with peaks 1, 2 and 5: which one is drawn, over many features alike."""
-    n, peaks = 3000, torch.tensor([1.0, 2.0, 5.0])
+    n, peaks = 1000, torch.tensor([1.0, 2.0, 5.0])
     acts = torch.zeros(3, 24, n)
     acts[:, 12] = peaks[:, None]
     monkeypatch.setattr(evaluate, "selected_acts", lambda *_: acts)
@@ -632,10 +629,6 @@ class SentencePieces:
         return "".join(self.words[i] for i in ids).removeprefix(" ")
 
 
-def window_of(tokenizer, ids, acts):
-    return evaluate.in_words(evaluate.Cut(0, 0, acts), torch.tensor([ids]), tokenizer)
-
-
 def test_marks_take_no_space_and_no_character_away():
     generator = torch.Generator().manual_seed(0)
     for tokenizer, ids in (
@@ -645,7 +638,7 @@ def test_marks_take_no_space_and_no_character_away():
         whole = tokenizer.decode(ids)
         for _ in range(50):
             acts = torch.rand(len(ids), generator=generator).round(decimals=1).tolist()
-            window = window_of(tokenizer, ids, acts)
+            window = decode_window(tokenizer, ids, acts)
             assert window.text == whole
             assert window.peak == max(acts)
             assert re.sub("<<|>>", "", window.marked(0.5)) == whole
@@ -653,9 +646,9 @@ def test_marks_take_no_space_and_no_character_away():
 
 
 def test_marks_join_neighbours_and_hold_whole_characters():
-    window = window_of(Numbers(), [1, 2, 3, 4], [0.0, 2.0, 1.0, 0.1])
+    window = decode_window(Numbers(), [1, 2, 3, 4], [0.0, 2.0, 1.0, 0.1])
     assert window.marked(0.5) == " t1<< t2 t3>> t4"
-    window = window_of(Bytes(), [*"a 猫 b".encode()], [0, 0, 0, 1, 0, 0, 0])
+    window = decode_window(Bytes(), [*"a 猫 b".encode()], [0, 0, 0, 1, 0, 0, 0])
     assert window.marked() == "a <<猫>> b"
 
 
