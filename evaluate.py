@@ -631,12 +631,12 @@ class Protocol:
     tokens: float = setting(2e6, "protocol", "tokens in which to look for activations", low=1)
     context: int = setting(128, "protocol", "tokens that the language model reads together", low=2)
     half_window: int = setting(10, "protocol", "tokens shown on either side of a peak", low=1)
-    explain_top: int = setting(10, "protocol", "windows to explain from, highest peaks", low=1)
-    explain_sampled: int = setting(5, "protocol", "others to explain from, by chance")
-    test_top: int = setting(2, "protocol", "windows to test on, highest peaks", low=1)
-    test_sampled: int = setting(2, "protocol", "others to test on, by chance")
+    explain_top: int = setting(10, "protocol", "windows to explain from, by highest peak", low=1)
+    explain_sampled: int = setting(5, "protocol", "others, drawn in proportion to their peaks")
+    test_top: int = setting(2, "protocol", "windows to test on, by highest peak", low=1)
+    test_sampled: int = setting(2, "protocol", "others, drawn in proportion to their peaks")
     test_random: int = setting(10, "protocol", "windows around random positions to test on")
-    active_share: float = setting(0.01, "protocol", "of its peak, to count as active", high=1)
+    active_share: float = setting(0.01, "protocol", "share of its peak to count as active", high=1)
     min_activations: int = setting(15, "protocol", "active tokens that a feature needs")
     words: int = setting(20, "protocol", "words that an explanation may have", low=1)
     seed: int = setting(0, "protocol", "of the choice of features and windows")
@@ -691,15 +691,15 @@ class FeatureWindows(NamedTuple):
 # Auto-interp: windows
 
 
-def top_contexts(folder, features, n=10, data=None, device="auto", **protocol):
+def top_contexts(folder, features, n=10, data=None, device="auto", **settings):
     """Where features of a run are most active, for a notebook: {feature: list of n Windows}.
 
-    `features` are numbers; `data` is a file of other text than the run was trained on; `protocol`
-    are settings of Protocol, such as tokens=500_000 or half_window=20. Each Window has its .text,
-    its .peak, .marked() (the text with <<marks>>), and .pieces with their .acts.
+    `features` are numbers; `data` is a file of other text than the run was trained on; `settings`
+    are those of Protocol, such as tokens=500_000 or half_window=20. Each Window has its .text, its
+    .peak, .marked() (the text with <<marks>>), and .pieces with their .acts.
     """
     no_others = {"explain_sampled": 0, "test_top": 0, "test_sampled": 0, "test_random": 0}
-    protocol = Protocol(explain_top=n, **no_others, **protocol)
+    protocol = Protocol(explain_top=n, **no_others, **settings)
     found = find_windows(folder, SAE.load(folder), features, protocol, data, pick_device(device))
     return {windows.feature: windows.top for windows in found}
 
@@ -709,7 +709,7 @@ def find_windows(folder, sae, features, protocol, data, device):
     from train_pythia import check_model, cut_contexts, open_run, read_run
 
     run = read_run(folder)
-    check_model(run._replace(context=protocol.context))
+    check_model(run._replace(context=protocol.context))  # it may be longer than in training
     model, tokenizer, tokens = open_run(run, device, data, n_trained=int(protocol.tokens))
     contexts = cut_contexts(tokens, protocol.tokens, protocol.context, device)
     sae = sae.to(device)
@@ -761,7 +761,6 @@ def collect_windows(sae, model, tokenizer, layer, contexts, features, protocol):
     top = Kept(n_top, n, width, device)
     sample = Kept(n_top + n_sampled, n, width, device)
     fired = torch.zeros(n, dtype=torch.long, device=device)
-    columns = torch.arange(n, device=device)
     selected = torch.tensor(features, device=device)
     first = 0  # the number of the first context in a batch
     for tokens in tqdm(contexts, desc="reading", unit="batch"):
@@ -771,8 +770,7 @@ def collect_windows(sae, model, tokenizer, layer, contexts, features, protocol):
 
         # A peak has `half` tokens on either side, so its window starts `half` tokens before it.
         peaks, starts = acts[:, half : length - half].max(1)  # [B, n]
-        rows = torch.arange(len(tokens), device=device)[:, None].expand(-1, n)
-        candidates = Places(first + rows, starts, windows[rows, starts, columns])
+        candidates = windows_at(starts, windows, first)
         top.add(torch.where(peaks > 0, peaks, -torch.inf), candidates)
         # A weighted sample without replacement is those with the largest log(u) / peak, where u is
         # uniform (Efraimidis and Spirakis 2006).
@@ -780,33 +778,26 @@ def collect_windows(sae, model, tokenizer, layer, contexts, features, protocol):
         keys = uniform.log() / peaks.clamp(min=1e-30)
         sample.add(torch.where(peaks > 0, keys, -torch.inf), candidates)
 
-        here = (random.contexts >= first) & (random.contexts < first + len(tokens))
-        _, column = here.nonzero(as_tuple=True)
-        row, start = random.contexts[here] - first, random.starts[here]
-        random.acts[here] = windows[row, start, column]
+        read_those_here(random, windows, first)
         first += len(tokens)
 
     tokens = torch.cat(contexts).cpu()
     found = []
     for i, feature in enumerate(features):
-        chosen_top = top.cuts(i)
-        taken = {cut.context for cut in chosen_top}
-        chosen_sample = [cut for cut in sample.cuts(i) if cut.context not in taken][:n_sampled]
-        taken.update(cut.context for cut in chosen_sample)
-        chosen_random = [cut for cut in random.cuts(i) if cut.context not in taken]
-        found.append(
-            FeatureWindows(
-                feature=feature,
-                top=[in_words(cut, tokens, tokenizer) for cut in chosen_top],
-                sampled=[in_words(cut, tokens, tokenizer) for cut in chosen_sample],
-                random=[
-                    in_words(cut, tokens, tokenizer)
-                    for cut in chosen_random[: protocol.test_random]
-                ],
-                n_activations=int(fired[i]),
-                rate=fired[i].item() / (n_contexts * length),
-            )
+        top_cuts = top.cuts(i)
+        taken = {cut.context for cut in top_cuts}
+        sample_cuts = [cut for cut in sample.cuts(i) if cut.context not in taken][:n_sampled]
+        taken.update(cut.context for cut in sample_cuts)
+        random_cuts = [cut for cut in random.cuts(i) if cut.context not in taken]
+        windows = FeatureWindows(
+            feature=feature,
+            top=in_words(top_cuts, tokens, tokenizer),
+            sampled=in_words(sample_cuts, tokens, tokenizer),
+            random=in_words(random_cuts[: protocol.test_random], tokens, tokenizer),
+            n_activations=int(fired[i]),
+            rate=fired[i].item() / (n_contexts * length),
         )
+        found.append(windows)
     return found
 
 
@@ -834,6 +825,25 @@ class Places(NamedTuple):
         return list(cuts.values())
 
 
+def windows_at(starts, windows, first):
+    """One window a context and feature, Places [B, n], from all [B, starts, n, width] of a batch.
+
+    They begin at starts [B, n]; `first` is the number of the batch's first context.
+    """
+    B, n = starts.shape
+    rows = torch.arange(B, device=starts.device)[:, None].expand(B, n)
+    columns = torch.arange(n, device=starts.device)
+    return Places(first + rows, starts, windows[rows, starts, columns])
+
+
+def read_those_here(places, windows, first):
+    """Fill in the activations of those Places whose contexts are in a batch, as above."""
+    here = (places.contexts >= first) & (places.contexts < first + len(windows))  # [m, n]
+    _, columns = here.nonzero(as_tuple=True)
+    rows = places.contexts[here] - first
+    places.acts[here] = windows[rows, places.starts[here], columns]
+
+
 class Kept:
     """The `size` windows with the largest keys so far, for each of n features, largest first."""
 
@@ -857,27 +867,31 @@ class Kept:
         return kept.cuts(i)
 
 
-def in_words(cut, tokens, tokenizer):
-    """The Window of a Cut from tokens [contexts, context].
+def in_words(cuts, tokens, tokenizer):
+    """The Window of each Cut from tokens [contexts, context]."""
+    windows = []
+    for cut in cuts:
+        ids = tokens[cut.context, cut.start : cut.start + len(cut.acts)].tolist()
+        windows.append(decode_window(tokenizer, ids, cut.acts))
+    return windows
 
-    A character that takes several tokens comes with the last of them, and "" with the others: it
-    is one piece, with the highest of their activations.
-    """
+
+def decode_window(tokenizer, ids, acts):
+    """A Window of token ids and the activation on each."""
     from train_pythia import decode_parts
 
-    ids = tokens[cut.context, cut.start : cut.start + len(cut.acts)].tolist()
-    pieces, acts = [], []
-    highest = 0.0  # of the tokens whose text is still to come
-    for text, act in zip(decode_parts(tokenizer, [[token] for token in ids]), cut.acts):
+    window = Window(pieces=[], acts=[])
+    highest = 0.0  # on the tokens of a character that is not complete, whose text is "" so far
+    for text, act in zip(decode_parts(tokenizer, [[token] for token in ids]), acts):
         highest = max(highest, act)
         if text:
-            pieces.append(text)
-            acts.append(highest)
+            window.pieces.append(text)
+            window.acts.append(highest)
             highest = 0.0
-    if highest > 0 or not pieces:  # a last token without any text
-        pieces.append("")
-        acts.append(highest)
-    return Window(pieces, acts)
+    if highest > 0 or not window.pieces:  # a last token without any text
+        window.pieces.append("")
+        window.acts.append(highest)
+    return window
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1054,10 +1068,10 @@ NO_NUMBERS = re.compile(r"none(?: of (?:them|the excerpts|these))?", re.I)
 
 
 def parse_numbers(text, n):
-    """The set of numbers in a reply, each from 1 to n; empty for None.
+    """The set of numbers in a reply, each from 1 to n; empty where the reply is None.
 
-    The list may go over several lines. None for a reply in any other form, and where the list may
-    go on in a form that cannot be read: half an answer is none.
+    The list may go over several lines, and words may follow it. None for a reply in any other form,
+    and where the list seems to go on in a form that cannot be read: half an answer is none.
     """
     lines = [line.strip("[](). ") for line in answer_lines(text) if line]
     listed = list(itertools.takewhile(NUMBERS.fullmatch, lines))
@@ -1070,8 +1084,10 @@ def parse_numbers(text, n):
         numbers, rest = set(), rest[1:]
     else:
         return None
-    if not all(re.match(r"[\"']?[^\W\d_]", line) for line in rest):  # a letter: words, no list
-        return None
+    for line in rest:
+        begins_with_a_letter = re.match(r"[\"']?[^\W\d_]", line)
+        if not begins_with_a_letter:
+            return None
     return numbers if all(1 <= number <= n for number in numbers) else None
 
 
@@ -1108,7 +1124,7 @@ def explain(args):
     chosen = read_features(args.features, folder)
     features = choose_features(chosen, args.n, alive_by_weight(sae), args.seed, folder)
     judge = None
-    if args.judge and not args.dry_run:
+    if args.judge and not args.dry_run:  # before the text is read: what is wrong shows at once
         judge = open_judge(args, folder / "answers.jsonl")
     found = find_windows(folder, sae, features, protocol, args.data, pick_device(args.device))
     if args.dry_run:
@@ -1916,12 +1932,13 @@ class Judge:
 
     def complete(self, body):
         """The Completion of a request, sent again while that may help. Raises UserError."""
-        doubtful = 0
+        doubtful = 0  # how many faults could mean that nobody is there
         for attempt in itertools.count(1):
             try:
                 return self.send(body)
             except Passing as fault:
-                doubtful += fault.doubtful
+                if fault.doubtful:
+                    doubtful += 1
                 nobody = doubtful == FEW_TRIES and not self.has_answered
                 wait = max(fault.wait, BACKOFF * 2 ** (attempt - 1))
                 if attempt == TRIES or nobody or self.stopped.wait(wait):
@@ -2020,20 +2037,20 @@ def ask_all(judge, questions, what, concurrency=16):
             futures[executor.submit(judge.ask, prompt, parse)] = number
         try:
             for future in as_completed(futures):
-                error = future.exception()
-                if error is None:
+                try:
                     answers[futures[future]] = future.result()
-                    late_in_a_row = 0
-                    progress.update()
-                    progress.set_postfix_str(f"{judge.tokens:,} tokens")
+                except Late as error:
+                    late.append(futures[future])
+                    late_in_a_row += 1
+                    # With half of what is in flight late, the server is too slow for all the rest.
+                    if late_in_a_row >= max(3, concurrency / 2):
+                        raise
+                    if len(late) == 1:
+                        progress.write(f"note: {error}; what is late is asked again at the end")
                     continue
-                late.append(futures[future])
-                late_in_a_row += 1
-                # Half of what is in flight is late: then the server is too slow for all the rest.
-                if not isinstance(error, Late) or late_in_a_row >= max(3, concurrency / 2):
-                    raise error
-                if len(late) == 1:
-                    progress.write(f"note: {error}; what is late is asked again at the end")
+                late_in_a_row = 0
+                progress.update()
+                progress.set_postfix_str(f"{judge.tokens:,} tokens")
             for number in late:
                 answers[number] = judge.ask(*questions[number])
                 progress.update()
@@ -2084,6 +2101,8 @@ def answer_lines(text):
         if PLEASANTRY.match(line.strip()):
             break
         lines.append(without_marks(BULLET.sub("", line.strip(), count=1)))
+    while lines and not lines[0]:
+        lines.pop(0)
     while lines and not lines[-1]:
         lines.pop()
     return lines if labels or len(lines) == 1 else []
