@@ -39,6 +39,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -1194,7 +1195,6 @@ def write_saelens(sae, folder, metadata):
         # names its own version as that of the training unless there is one.
         "sae_lens_version": "6.0.0",
         "sae_lens_training_version": None,
-        "model_from_pretrained_kwargs": {},
         "arch": sae.arch,
     }
     cfg = {
@@ -1212,7 +1212,7 @@ def write_saelens(sae, folder, metadata):
     if arch.saelens == "topk":
         cfg["k"] = sae.k
         cfg["rescale_acts_by_decoder_norm"] = False
-    cfg["metadata"] = {**origin, **metadata}
+    cfg["metadata"] = {"model_from_pretrained_kwargs": {}, **metadata, **origin}
     with replacing(folder / WEIGHTS) as path:
         save_file(tensors, path)
     write_json(folder / "cfg.json", cfg)
@@ -1251,6 +1251,10 @@ def load_sae(folder):
         d_in, d_sae = tensors["W_enc"].shape
         if 0 in (d_in, d_sae):
             raise UserError(f"{folder}: an SAE of no features")
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if found.metadata.get(name) not in (None, size):
+                said = f"{name} {found.metadata[name]}"
+                raise UserError(f"{folder}: its configuration has {said}, its weights {size}")
         if ARCHS[found.arch].saelens == "topk" and not 1 <= found.k <= d_sae:
             raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {found.k}")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -1258,96 +1262,193 @@ def load_sae(folder):
         sae = SAE(d_in, d_sae, found.arch, found.k)
         tensors["encoder"] = tensors.pop("W_enc").T
         for tensor in ARCHS[found.arch].tensors:
-            tensors[tensor.name] = tensors.pop(tensor.saelens_name).expand(d_sae)
-        sae.load_state_dict(tensors)  # raises where a tensor is missing, too many, or misshapen
+            tensors[tensor.name] = tensors.pop(tensor.saelens_name)
+        sae.load_state_dict(tensors)
     except UserError:
         raise
     except Exception as error:  # of as many kinds as there are ways to damage a file
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{folder}: not a whole SAE ({reason})") from None
     sae.metadata = found.metadata
     return sae.eval()
 
 
+def in_float32(tensors, names):
+    """The tensors of a file in float32, before anything is folded: bfloat16 is too coarse for that.
+
+    Raises ValueError unless they are `names`, all of them and no other, and real numbers of the
+    right shapes: W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_dec [d_in], every other one [d_sae].
+    """
+    if tensors.keys() != set(names):
+        missing = ", ".join(sorted(set(names) - tensors.keys())) or "nothing"
+        unknown = ", ".join(sorted(tensors.keys() - set(names))) or "nothing"
+        raise ValueError(f"it lacks {missing}, and has {unknown} too many")
+    d_in, d_sae = tensors["W_enc"].shape
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    result = {}
+    for name, tensor in tensors.items():
+        shape = shapes.get(name, (d_sae,))
+        if tensor.shape != shape or not tensor.is_floating_point():
+            found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {found}, where floating-point {list(shape)} belongs")
+        result[name] = tensor.float()
+    return result
+
+
+def whole_number(value):
+    """The k of a file as an int. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(f"k is {value!r}")
+    return int(value)
+
+
+def switch(cfg, name, default):
+    """What a file says that must be true or false. Raises ValueError."""
+    value = cfg.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, neither true nor false")
+    return value
+
+
+# SAELens' name of an architecture: ours, and the tensors in its files.
+LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
+SAELENS = {
+    "standard": ("relu", LINEAR),
+    "topk": ("topk", LINEAR),
+    "jumprelu": ("jumprelu", (*LINEAR, "threshold")),
+    "gated": ("jumprelu", ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")),
+}
+
+
 def read_saelens(folder):
     cfg = read_json(folder / "cfg.json")
-    metadata = dict(cfg.pop("metadata", None) or {})
-    tensors = in_float32(load_file(folder / WEIGHTS))
-    # Files of before version 6 name a "standard" architecture and its activation function.
-    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
-    architecture = cfg.get("architecture") or "standard"
-    if architecture == "standard" and activation == "topk":
-        architecture = "topk"
-    readable = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "jumprelu"}
-    if architecture not in readable or activation not in ("relu", "topk"):
-        raise UserError(f"{folder}: architecture {architecture} with {activation} is not supported")
-    normalize = cfg.get("normalize_activations") or "none"
-    if normalize not in ("none", "expected_average_only_in"):
-        reason = "depends on the input, so it cannot be folded into the weights"
-        raise UserError(f"{folder}: normalize_activations {normalize} {reason}")
-    if architecture == "gated":
-        ungate(tensors)
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        move_decoder_norms(tensors)
-    if not cfg.get("apply_b_dec_to_input", True):
-        undo_centring(tensors)
-    if cfg.get("finetuning_scaling_factor"):  # of activations, in decoding alone
-        named = "scaling_factor" if "scaling_factor" in tensors else "finetuning_scaling_factor"
-        tensors["W_dec"] = tensors["W_dec"] * tensors.pop(named)[:, None]
-    # SAELens has one name for what we train as several architectures.
-    arch = readable[architecture]
-    ours = metadata.get("arch")
-    if ours in ARCHS and ARCHS[ours].saelens == architecture:
+    metadata = cfg.pop("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are no object")
+    if "sae_lens_version" not in metadata:
+        modernise(cfg)
+    architecture, ours = cfg.get("architecture"), metadata.get("arch")
+    written_by_us = ours in list(ARCHS) and ARCHS[ours].saelens == architecture
+    if written_by_us:  # SAELens has one name for what we train as several architectures
         arch = ours
-    old_arguments = cfg.get("activation_fn_kwargs") or {}
-    k = cfg.get("k") or old_arguments.get("k") or metadata.get("k") or 0
-    return Found(arch, int(k), tensors, {**metadata, **cfg})
+        names = (*LINEAR, *(tensor.saelens_name for tensor in ARCHS[ours].tensors))
+    elif architecture in list(SAELENS):
+        arch, names = SAELENS[architecture]
+    else:
+        readable = ", ".join(SAELENS)
+        raise UserError(f"{folder}: architecture {architecture!r} is none of {readable}")
+    normalize = cfg.get("normalize_activations", "none")
+    if normalize not in ("none", "expected_average_only_in"):
+        reason = "is not a part of its weights and not supported"
+        raise UserError(f"{folder}: normalize_activations {normalize!r} {reason}")
+    tensors = load_file(folder / WEIGHTS)
+    # Of activations, in decoding alone. SAELens 2 wrote it always, and where it is 1 it is nothing.
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors and not cfg.get("finetuning_scaling_factor"):
+            if not torch.allclose(tensors.pop(name).float(), torch.ones(())):
+                reason = "is not 1, and finetuning_scaling_factor is not set"
+                raise UserError(f"{folder}: {name} {reason}")
+        elif name in tensors:
+            names = (*names, name)
+    tensors = in_float32(tensors, names)
+    if architecture == "gated" and not written_by_us:
+        ungate(tensors)
+    if architecture == "topk" and switch(cfg, "rescale_acts_by_decoder_norm", False):
+        move_decoder_norms(tensors)
+    if not switch(cfg, "apply_b_dec_to_input", True):
+        undo_centring(tensors)
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors:
+            tensors["W_dec"] = tensors["W_dec"] * tensors.pop(name)[:, None]
+    k = 0
+    if applies("k", arch):
+        k = whole_number(cfg.get("k") if architecture == "topk" else metadata.get("k"))
+    return Found(arch, k, tensors, {**metadata, **cfg})
+
+
+def modernise(cfg):
+    """Put the cfg.json of SAELens before version 6 into the words of version 6."""
+    arguments = cfg.get("activation_fn_kwargs") or {}
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
+    if activation not in ("relu", "topk"):
+        raise ValueError(f"activation_fn {activation!r} is not supported")
+    cfg.setdefault("architecture", "standard")
+    if activation == "topk":
+        cfg["architecture"] = "topk"
+    if cfg["architecture"] == "topk" and "k" in arguments:
+        cfg["k"] = arguments["k"]
+    normalize = cfg.get("normalize_activations")
+    if normalize is None or isinstance(normalize, bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    if "hook_point" in cfg:
+        cfg.setdefault("hook_name", cfg["hook_point"])
+
+
+# A class of dictionary_learning: our architecture, and the tensors in its files by our names.
+TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}  # as nn.Linear keeps them
+WITH_BIAS = {**TRANSPOSED, "encoder.bias": "b_enc"}
+OURS = {name: name for name in LINEAR}
+GATED = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}
+DICTIONARIES = {
+    "AutoEncoder": ("relu", {**WITH_BIAS, "bias": "b_dec"}),
+    "AutoEncoderNew": ("relu", {**WITH_BIAS, "decoder.bias": "b_dec"}),
+    "AutoEncoderTopK": ("topk", {**WITH_BIAS, "b_dec": "b_dec"}),
+    "BatchTopKSAE": ("batchtopk", {**WITH_BIAS, "b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", {**OURS, "threshold": "threshold"}),
+    "JumpReluAutoEncoder": ("jumprelu", {**OURS, "threshold": "threshold"}),
+    "GatedAutoEncoder": ("jumprelu", {**TRANSPOSED, **GATED}),
+}
 
 
 def read_dictionary_learning(folder):
     config = read_json(folder / "config.json")
     trainer = config.pop("trainer")
     kind = trainer.get("dict_class")
-    readable = {
-        "AutoEncoder": "relu",
-        "AutoEncoderNew": "relu",
-        "AutoEncoderTopK": "topk",
-        "BatchTopKSAE": "batchtopk",
-        "MatryoshkaBatchTopKSAE": "matryoshka",
-        "JumpReluAutoEncoder": "jumprelu",
-        "GatedAutoEncoder": "jumprelu",
-    }
-    if kind not in readable:
-        raise UserError(f"{folder}: dict_class {kind} is none of {', '.join(readable)}")
-    arch = readable[kind]
-    # weights_only: a pickle may hold code, and this file may come from anyone.
-    state = in_float32(torch.load(folder / "ae.pt", map_location="cpu", weights_only=True))
-    names = {
-        "encoder.weight": "W_enc",
-        "decoder.weight": "W_dec",
-        "encoder.bias": "b_enc",
-        "bias": "b_dec",
-        "decoder.bias": "b_dec",
-        "decoder_bias": "b_dec",
-        "gate_bias": "b_gate",
-        "mag_bias": "b_mag",
-    }
+    if kind not in list(DICTIONARIES):
+        raise UserError(f"{folder}: dict_class {kind!r} is none of {', '.join(DICTIONARIES)}")
+    arch, names = DICTIONARIES[kind]
+    try:
+        # weights_only: a pickle may hold code, and this file may come from anyone.
+        state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+    except UnpicklingError:  # whose own text recommends to run that code
+        reason = "ae.pt is damaged, or holds more than tensors, such as code"
+        raise UserError(f"{folder}: not a whole SAE ({reason})") from None
+    k = trainer.get("k")
+    if applies("k", arch) and "k" in state:
+        in_weights = state.pop("k").item()
+        if k not in (None, in_weights):
+            raise ValueError(f"k is {k!r} in config.json and {in_weights} in ae.pt")
+        k = in_weights
+    if arch == "topk":
+        state.pop("threshold", None)  # of a mode that is off unless asked for
+    if arch == "matryoshka":
+        state.pop("group_sizes")  # matter in training alone
     tensors = {}
     for name, tensor in state.items():
-        transposed = name in ("encoder.weight", "decoder.weight")  # as nn.Linear keeps them
-        tensors[names.get(name, name)] = tensor.T if transposed else tensor
-    k = int(tensors.pop("k", trainer.get("k") or 0))
+        tensors[names.get(name, name)] = tensor.T if name in TRANSPOSED else tensor
+    if "threshold" in tensors and tensors["threshold"].ndim == 0:  # one for all latents
+        tensors["threshold"] = tensors["threshold"].expand(tensors["W_enc"].shape[1])
+    unknown = state.keys() - names.keys()
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is not of {kind}")
+    tensors = in_float32(tensors, names.values())
     if kind == "GatedAutoEncoder":
         ungate(tensors)
     if kind == "AutoEncoder":  # its loader moves the norms of decoder rows to the encoder
         move_decoder_norms(tensors)
     if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         undo_centring(tensors)
-    own = {tensor.saelens_name for tensor in ARCHS[arch].tensors}
-    tensors = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", *own)}
-    origin = {"model_name": trainer.get("lm_name")}
-    if str(trainer.get("submodule_name")).startswith("resid_post"):
-        origin["hook_name"] = f"blocks.{trainer.get('layer')}.hook_resid_post"
+    origin = {
+        "d_in": trainer.get("activation_dim"),
+        "d_sae": trainer.get("dict_size"),
+        "model_name": trainer.get("lm_name"),
+    }
+    layer = trainer.get("layer")
+    if str(trainer.get("submodule_name")).startswith("resid_post") and isinstance(layer, int):
+        origin["hook_name"] = f"blocks.{layer}.hook_resid_post"
+    if isinstance(config.get("buffer"), dict):
+        origin["context_size"] = config["buffer"].get("ctx_len")
+    k = whole_number(k) if applies("k", arch) else 0
     return Found(arch, k, tensors, {**config, **trainer, **origin})
 
 
@@ -1355,17 +1456,28 @@ def read_sparsify(folder):
     cfg = read_json(folder / "cfg.json")
     if cfg.get("transcode") or cfg.get("skip_connection"):
         raise UserError(f"{folder}: a transcoder, not an SAE")
-    if cfg.get("activation", "topk") != "topk":
-        raise UserError(f"{folder}: activation {cfg['activation']} is not supported")
-    tensors = in_float32(load_file(folder / "sae.safetensors"))
+    if cfg.get("activation", "topk") != "topk" or cfg.get("signed"):
+        named = "signed" if cfg.get("signed") else cfg["activation"]
+        raise UserError(f"{folder}: activation {named!r} is not supported")
+    tensors = load_file(folder / "sae.safetensors")
     tensors["W_enc"] = tensors.pop("encoder.weight").T
     tensors["b_enc"] = tensors.pop("encoder.bias")
-    return Found("topk", int(cfg["k"]), tensors, cfg)
+    tensors = in_float32(tensors, LINEAR)
+    d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg["expansion_factor"]
+    origin = {"d_sae": d_sae, **sparsify_origin(folder.resolve())}
+    return Found("topk", whole_number(cfg["k"]), tensors, {**cfg, **origin})
 
 
-def in_float32(tensors):
-    """The same in float32, before anything is folded: bfloat16 products are too coarse."""
-    return {name: tensor.float() for name, tensor in tensors.items()}
+def sparsify_origin(folder):
+    """The place in the model: sparsify tells it by the folder's name and the run's config.json."""
+    origin = {}
+    block = re.fullmatch(r"(layers|h)\.(\d+)", folder.name)
+    if block:
+        origin["hook_name"] = f"blocks.{block[2]}.hook_resid_post"
+    with suppress(UserError):  # the run's own file may be missing, or be another's
+        run = read_json(folder.parent / "config.json")
+        origin["model_name"], origin["context_size"] = run.get("model"), run.get("ctx_len")
+    return origin
 
 
 def ungate(tensors):
