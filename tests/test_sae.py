@@ -1373,9 +1373,9 @@ def test_the_linear_layers_of_dictionary_learning_are_read(kind, tmp_path):
         "encoder.bias": t["b_enc"],
         "decoder.weight": t["W_dec"].T,
         biases.get(kind, "b_dec"): t["b_dec"],
-        "k": torch.tensor(7),
-        "threshold": torch.tensor(0.8),
     }
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        state["k"], state["threshold"] = torch.tensor(7), torch.tensor(0.8)
     sae = dictionary_folder(tmp_path, kind, state, seed=4)
     pre_acts, W_dec = pre_acts_of(t, x), t["W_dec"]
     if kind == "AutoEncoderNew":
