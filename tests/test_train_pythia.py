@@ -638,45 +638,41 @@ def test_a_saved_sae_takes_raw_activations(model_folder, tokens_file, tmp_path):
         assert l0 == pytest.approx(4, abs=1.5)
 
 
-def command(arguments, **others):
+def test_interrupted_and_repeated_ends_with_the_same_weights(model_folder, tokens_file, tmp_path):
     patched = "import train_pythia, sae; train_pythia.BUFFER = 1000; train_pythia.FORWARD = 128; "
     patched += "sae.CHECKPOINT_SECONDS = 0.05; sae.run_command(train_pythia.main)"
-    environment = {**os.environ, **others.pop("env", {})}
-    words = [sys.executable, "-c", patched, *arguments]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, **others)
 
+    def flags(out):
+        more = ["--tokens", "7500", "--seed", "0", "1", "--l2", "1e-4"]
+        return line(model_folder, tokens_file, tmp_path / out, *more)
 
-def test_interrupted_and_repeated_ends_with_the_same_weights(model_folder, tokens_file, tmp_path):
-    more = ["--tokens", "15000", "--seed", "0", "1", "--l2", "1e-4"]
-
-    def start(out):
-        flags = line(model_folder, tokens_file, tmp_path / out, *more)
-        return command(flags, stderr=subprocess.PIPE)
-
-    # Side by side, since most of the time goes into starting them
-    whole = start("whole")
-    running = {how: start(how.name) for how in (signal.SIGINT, signal.SIGKILL)}
-    stop_at_checkpoint({how: (process, tmp_path / how.name) for how, process in running.items()})
-    assert whole.wait() == 0
-    messages = {how: process.communicate()[1] for how, process in running.items()}
-    assert messages[signal.SIGINT].splitlines()[-1].startswith("interrupted: the same command")
-    again = [start(how.name) for how in running]
-    assert [process.wait() for process in again] == [0, 0]
+    running = {}
+    for how in (signal.SIGINT, signal.SIGKILL):  # side by side, since it takes seconds to start one
+        words = [sys.executable, "-c", patched, *flags(how.name)]
+        # Into a file: a pipe that nobody reads stops a process once it is full
+        with open(tmp_path / f"{how.name}.txt", "w") as messages:
+            process = subprocess.Popen(words, cwd=ROOT, stderr=messages)
+        running[how] = (process, tmp_path / how.name)
+    stop_at_checkpoint(running)
+    last_line = (tmp_path / f"{signal.SIGINT.name}.txt").read_text().splitlines()[-1]
+    assert last_line.startswith("interrupted: the same command")
+    train_pythia.main(flags("whole"))
     for how in running:
+        train_pythia.main(flags(how.name))
         for name, folder in run_folders(tmp_path / "whole").items():
             assert weights(folder) == weights(tmp_path / how.name / name)
 
 
 def test_ranks_divide_the_sweep_and_their_union_equals_one_process(
-    model_folder, tokens_file, tmp_path
+    model_folder, tokens_file, tmp_path, monkeypatch
 ):
     grid = ["--l2", "0", "1e-4", "--seed", "0", "1", "2"]
-    processes = [command(line(model_folder, tokens_file, tmp_path / "one", *grid))]
+    train_pythia.main(line(model_folder, tokens_file, tmp_path / "one", *grid))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2"}
-        flags = line(model_folder, tokens_file, tmp_path / "two", *grid)
-        processes.append(command(flags, env=environment))
-    assert [process.wait() for process in processes] == [0, 0, 0]
+        monkeypatch.setenv("RANK", str(rank))
+        train_pythia.main(line(model_folder, tokens_file, tmp_path / "two", *grid))
+        assert len(run_folders(tmp_path / "two")) == 3 * (rank + 1)
     one, two = run_folders(tmp_path / "one"), run_folders(tmp_path / "two")
     assert set(one) == set(two)
     assert len(one) == 6
