@@ -88,14 +88,15 @@ def load_images(data):
     if data == "glyphs":
         n_train = IMAGE_SETS["glyphs"].n_train
         return draw_glyphs(n_train + N_TEST_GLYPHS).split([n_train, N_TEST_GLYPHS])
-    if data == "mnist":
-        data = "data"
-        download_mnist(data)
-    return [read_mnist(Path(data) / "MNIST" / "raw" / name, data) for name in MNIST_FILES]
+    root = Path("data" if data == "mnist" else data)
+    paths = [root / "MNIST" / "raw" / name for name in MNIST_FILES]  # where torchvision puts them
+    if data == "mnist" and not all(path.exists() for path in paths):
+        download_mnist(root)
+    return [read_mnist(path, data) for path in paths]
 
 
 def download_mnist(folder):
-    """Have MNIST in a folder, downloaded unless it is there. Raises UserError."""
+    """Download MNIST into a folder. Raises UserError."""
     from torchvision.datasets import MNIST  # here, since it takes seconds and is seldom needed
 
     try:

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import stop_at_checkpoint
 
 import evaluate
+import sae
 import train_mnist
 from sae import ARCHS, SAE, Rows, Trainer, UserError
 from train_mnist import draw_glyphs, load_images, parse
@@ -285,24 +284,34 @@ def test_a_command_that_stopped_before_the_pictures_has_saved_its_sae(
         assert (run / "features.png").exists()
 
 
-def test_a_command_that_was_interrupted_ends_with_the_same_weights(few_glyphs, tmp_path):
-    line = ["--epochs", 30, "--l2", "1e-5", "--tied-init"]
-    # A short run has checkpoints where they are made often, and images where they are few.
-    code = (
-        "import sae, train_mnist as t; sae.CHECKPOINT_SECONDS = 0.02; t.N_TEST_GLYPHS = 500;"
-        "t.IMAGE_SETS['glyphs'] = t.IMAGE_SETS['glyphs']._replace(n_train=2000);"
-        "sae.run_command(t.main)"
-    )
-    out = tmp_path / "stopped"
-    arguments = [sys.executable, "-c", code, *TINY, "--out", out, *line]
-    running = subprocess.Popen(
-        [str(argument) for argument in arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE
-    )
-    stop_at_checkpoint({signal.SIGINT: (running, out)})
-    assert running.returncode == 1
-    assert running.stderr.read().strip().splitlines()[-1].startswith("interrupted")
-    (whole,) = command(tmp_path / "whole", *line)
-    (stopped,) = command(out, *line)
+def test_a_command_that_was_interrupted_ends_with_the_same_weights(
+    few_glyphs, tmp_path, monkeypatch, capsys
+):
+    save_checkpoint = sae.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save_checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    line = [
+        *TINY,
+        "--epochs",
+        "8",
+        "--l2",
+        "1e-5",
+        "--tied-init",
+        "--out",
+        str(tmp_path / "stopped"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(sae, "CHECKPOINT_SECONDS", 0.05)
+        patch.setattr(sae, "save_checkpoint", save_and_stop)
+        with pytest.raises(SystemExit):
+            sae.run_command(lambda: train_mnist.main(line))
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.glob("stopped/*/checkpoint.pt"))
+    (stopped,) = command(tmp_path / "stopped", *line)
+    (whole,) = command(tmp_path / "whole", *line[:-2])
     assert weights(stopped) == weights(whole)
     assert (stopped / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert not (stopped / "checkpoint.pt").exists()
