@@ -12,8 +12,9 @@ dictionary_learning or sparsify; a folder of runs stands for all of them. Read f
 `quality` measures one, `match_pair` compares two, `sharedness` many, and `table` shows them. Then a
 judge explains features. Below the banner "Machinery": run folders, pictures, the judge.
 
-    alive     said of a feature whose encoder column and decoder row both have a norm
-    shared    said of a feature that is also one of another seed's SAE, by encoder and by decoder
+    alive     said of a feature of which neither encoder column nor decoder row is near zero
+    shared    said of a feature whose one-to-one partner in another seed's SAE is the same by
+              decoders as by encoders, with both |cosine| above a threshold
 
 A dead feature has no direction and matches nothing. So every share is given twice: of all d_sae
 features, and of those alive, each SAE counted over its own.
@@ -77,7 +78,7 @@ DEAD_NORM = 1e-2
 
 @torch.no_grad()
 def alive_by_weight(sae):
-    """[d_sae] bool: the features whose encoder column and decoder row both have a norm."""
+    """[d_sae] bool: the features of which neither encoder column nor decoder row is near zero."""
     return has_norm(sae.W_enc.norm(dim=0)) & has_norm(sae.W_dec.norm(dim=1))
 
 
@@ -85,11 +86,10 @@ def has_norm(norms):
     """[d_sae] bool: which of norms [d_sae] are more than DEAD_NORM times a strong one.
 
     The strong one is the 99th percentile of the norms that are not exactly zero. It is not the
-    largest norm: a single row that has grown huge would declare all others dead. (Rounded down, the
-    percentile is at most the second largest.) Nor is it the median: where a penalty has pruned nine
-    features of ten, and some are still on their way to zero, that would be the norm of a dead one.
-    The 99th percentile belongs to a living feature as long as more than one in a hundred is alive
-    of those not yet at zero.
+    largest norm, since one huge row would then declare all others dead. (Rounded down, the
+    percentile is at most the second largest.) Nor is it the median, which would be the norm of a
+    dead feature where a penalty has killed most of them. It is right as long as more than one in a
+    hundred of the nonzero norms belongs to a living feature.
     """
     nonzero = norms[norms > 0]
     if len(nonzero) == 0:
@@ -226,7 +226,7 @@ def language_model_quality(sae, stream, cross_entropies=None):
 class Matching(NamedTuple):
     """How n features match m others, by |cosine|."""
 
-    partner: np.ndarray  # [n] int: the one-to-one partner of each among the others, -1 for none
+    partner: np.ndarray  # [n] int: the one-to-one partner, however unlike; -1 for none
     cos: np.ndarray  # [n]: |cosine| with that partner, 0 for none
     best: np.ndarray  # [n]: the largest |cosine| with any of the others
     best_of_others: np.ndarray  # [m]: the largest |cosine| of each of the others
@@ -306,7 +306,8 @@ def match_pair(a, b, threshold=0.7, metric=None):
         "mean_max_cos_enc": (enc.best, enc.best_of_others),
         "paired_dec": (dec.best > threshold, dec.best_of_others > threshold),
         "paired_enc": (enc.best > threshold, enc.best_of_others > threshold),
-        "mcc": (dec.cos, dec.cos),  # a matched pair is one feature of a, and one of b
+        # A pair is one feature of a and one of b, so the sums are the same for both.
+        "mcc": (dec.cos, dec.cos),
         "shared": (agree, agree),
     }
     n_alive_a, n_alive_b = max(1, len(alive_a)), max(1, len(alive_b))
@@ -399,7 +400,8 @@ def closed_circles(partner, n_seeds):
     study's released analysis counts rows of each pair's first SAE instead, which mixes the numbers
     of two SAEs as soon as there is a pair without seed 0.)
     """
-    # Every circle goes through one feature of seed 0: begin with all of those, and drop the open.
+    # Start from each feature of seed 0 and its partners in the other seeds (a column), and drop the
+    # columns in which two of those partners are not each other's.
     d_sae = len(partner[0, 1])
     circles = np.stack([np.arange(d_sae), *(partner[0, b] for b in range(1, n_seeds))])
     circles = circles[:, (circles >= 0).all(axis=0)]
@@ -467,6 +469,7 @@ def consistency(saes, seeds, threshold=0.7, metric=None):
     classes = sharedness(partner, len(saes))
     alive = np.stack([alive_by_weight(sae).numpy() for sae in saes])  # [n_seeds, d_sae]
 
+    # Classes are those of sharedness: 2 always, 1 sometimes, 0 never shared.
     def share_of_all(value):
         return (classes == value).mean().item()
 
@@ -506,6 +509,7 @@ def compare_seeds(folders, threshold=0.7, on_data=False):
         raise UserError(f"no two SAEs of one configuration and shape: {found}; {differ}")
     for group in tqdm(several, desc="matching seeds", unit="configuration"):
         saes, seeds = [run.sae for run in group.runs], [run.seed for run in group.runs]
+        # One metric for all seeds, of the first run's data: seeds are measured on the same data.
         metric = data_metric(group.runs[0].folder, saes[0].d_in) if on_data else None
         group.figures = consistency(saes, seeds, threshold, metric)
     return groups
@@ -516,7 +520,7 @@ def compare_seeds(folders, threshold=0.7, on_data=False):
 
 
 def measured(group, name, part=None):
-    """A figure of quality.json, of each run that has it; or its `part`, as in enc_dec_cos."""
+    """A figure of quality.json for each run that has it; `part` picks one of a dict of figures."""
     values = [run.quality.get(name) for run in group.runs if run.quality]
     if part:
         values = [value.get(part) for value in values if isinstance(value, dict)]
@@ -534,12 +538,12 @@ def mean(numbers, digits):
 
 
 def alive_of_all(group):
-    """A cell."""
+    """A cell such as "1500/1568": mean number of alive features over the seeds, and d_sae."""
     return f"{mean([run.alive for run in group.runs], 0)}/{group.runs[0].sae.d_sae}"
 
 
 def always_shared(group):
-    """A cell: "-" for two seeds, of which it would repeat the share that the two have."""
+    """A cell: "-" for two seeds, where it would repeat the column "shared"."""
     shares = [group.figures.always_shared] if group.figures and len(group.runs) > 2 else []
     return mean(shares, 3)
 
@@ -618,7 +622,7 @@ def json_entry(group):
 # Windows of text are cut around the tokens on which a feature is most active. From some of them, in
 # which the active tokens are marked, a judge explains the feature. Then it is given the explanation
 # alone, and has to tell other windows of the feature from windows around random positions. The
-# share of windows that it tells rightly is the feature's score.
+# share of windows that it classifies correctly is the feature's score.
 
 
 @dataclass(frozen=True)
@@ -700,7 +704,9 @@ def top_contexts(folder, features, n=10, data=None, device="auto", **settings):
     """
     no_others = {"explain_sampled": 0, "test_top": 0, "test_sampled": 0, "test_random": 0}
     protocol = Protocol(explain_top=n, **no_others, **settings)
-    found = find_windows(folder, SAE.load(folder), features, protocol, data, pick_device(device))
+    sae = SAE.load(folder)
+    features = choose_features(features, len(features), alive_by_weight(sae), 0, folder)
+    found = find_windows(folder, sae, features, protocol, data, pick_device(device))
     return {windows.feature: windows.top for windows in found}
 
 
@@ -739,10 +745,10 @@ def collect_windows(sae, model, tokenizer, layer, contexts, features, protocol):
 
     `contexts` is a list of [B, context] token ids. A context has one candidate for each feature:
     the window of 2 half_window + 1 tokens around its highest activation. Of the candidates the pass
-    keeps those with the highest peaks, and a sample, with probabilities in proportion to the peaks.
-    As it cannot know which of the sample will be among the highest in the end, the sample is larger
-    by as many, and they are left out then. Random windows are drawn before the pass, likewise with
-    some to spare, and read when the pass comes by. Memory: the windows that are kept.
+    keeps those with the highest peaks, and a sample drawn in proportion to the peaks. The two may
+    overlap, so the sample is larger by the number of top windows, and the overlap is removed at the
+    end. The positions of random windows are drawn beforehand, also with some to spare, and filled
+    in as their contexts are read. Only the windows that are kept take memory.
     """
     n, half = len(features), protocol.half_window
     width = 2 * half + 1
@@ -943,7 +949,7 @@ class Trial:
     active: set  # the numbers, from 1, of those windows of the test in which it is active
     status: str  # "too few activations", "no explanation", "no usable answer" or "scored"
     explanation: str | None = None
-    score: float | None = None  # share of the test's windows told rightly; None, never 0, if untold
+    score: float | None = None  # share of test windows classified correctly; None if not tested
     raw: str | None = None  # the reply that could not be read
 
     def explanation_prompt(self, words):
@@ -1008,6 +1014,7 @@ def autointerp(judge, found, protocol, concurrency=16):
     """Have features explained and the explanations tested: a Trial for each of `found`, the list
     that collect_windows returns. UserError where the judge cannot be asked."""
     trials = plan_trials(found, protocol)
+    # "no explanation" is the status of every trial that has yet to be explained.
     to_explain = [trial for trial in trials if trial.status == "no explanation"]
     questions = []
     for trial in to_explain:
@@ -1115,7 +1122,7 @@ def add_autointerp_flags(add):
         )
 
 
-def explain(args):
+def autointerp_command(args):
     """evaluate.py autointerp: with a judge autointerp.json and autointerp.html in the run folder,
     without one contexts.html, where the features are most active."""
     folder = Path(args.run)
@@ -1235,11 +1242,11 @@ def window_as_html(window, peak):
 # Finding and grouping runs
 
 # The files of weights of SAELens (and ours), sparsify, dictionary_learning
-WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "ae.pt")
+WEIGHT_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt")
 
 # What files of others say about one SAE and not about its configuration: where it was made, and
 # what was measured on it. Seeds of one configuration differ in these.
-MADE = ("device", "run_name", "wandb_id", "wandb_name", "save_dir", "checkpoint_path")
+PROVENANCE = ("device", "run_name", "wandb_id", "wandb_name", "save_dir", "checkpoint_path")
 MEASURED = (
     "l0",
     "loss",
@@ -1268,7 +1275,7 @@ def find_runs(paths):
     for path in map(Path, paths):
         if path.is_file():
             continue
-        inside = {file.parent for name in WEIGHTS for file in path.rglob(name)}
+        inside = {file.parent for name in WEIGHT_FILES for file in path.rglob(name)}
         if path in inside or not inside:
             inside = {path}  # if there is no SAE in it, SAE.load says what is missing
         for folder in sorted(inside):
@@ -1280,23 +1287,23 @@ def find_runs(paths):
 
 def fingerprint(folder):
     """What tells one trained SAE from another: a hash of its file of weights."""
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         path = Path(folder) / name
         if path.exists():
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    raise UserError(f"{folder}: no SAE here ({', '.join(WEIGHTS)})")
+    raise UserError(f"{folder}: no SAE here ({', '.join(WEIGHT_FILES)})")
 
 
 def read_config(folder, sae):
     """The settings of a run, {name: number, string or boolean}.
 
-    Of ours those in hparams.json; of others all that their files say, but MADE and MEASURED.
+    Of ours those in hparams.json; of others all that their files say, but PROVENANCE and MEASURED.
     """
     if (folder / "hparams.json").exists():
         return read_hparams(folder)
     config = {}
     for name, value in sae.metadata.items():
-        if name not in (*MADE, *MEASURED):
+        if name not in (*PROVENANCE, *MEASURED):
             simple = isinstance(value, (bool, int, float, str))
             config[name] = value if simple else json.dumps(value)
     return {**config, "arch": sae.arch, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
@@ -1451,13 +1458,13 @@ def measure_runs(runs, n_tokens, data, device):
         else:
             readers.append((read_run(run.folder), run))
 
-    for path, alike in of_rows.items():
-        measure_on_rows(alike, path, n_tokens, device)
+    for path, same_file in of_rows.items():
+        measure_on_rows(same_file, path, n_tokens, device)
     # SAEs that read the same place of a model on the same text share all but the SAE.
     readers.sort(key=reading)
     with tqdm(total=len(readers), desc="measuring", unit="SAE") as progress:
-        for _, alike in itertools.groupby(readers, key=reading):
-            measure_on_text(list(alike), n_tokens, data, device, progress)
+        for _, same_text in itertools.groupby(readers, key=reading):
+            measure_on_text(list(same_text), n_tokens, data, device, progress)
 
 
 def reading(reader):
@@ -1491,7 +1498,9 @@ def measure_on_text(readers, n_tokens, data, device, progress):
     opened = open_run(where, device, data)
     contexts = cut_contexts(opened.tokens, n_tokens, where.context, device)
     stream = Stream(opened.model, where.layer, contexts)
-    moments = covariance(torch.cat(list(itertools.islice(stream, 4))))  # of some 30,000 tokens
+    moments = covariance(
+        torch.cat(list(itertools.islice(stream, 4)))
+    )  # four batches are enough for it
     cross_entropies = None
     for _, run in readers:
         run.sae.to(device)
@@ -1599,7 +1608,7 @@ def new_figure(height):
 
     if backend is not None:
         os.environ["MPLBACKEND"] = backend
-        with suppress(ValueError):
+        with suppress(ValueError):  # a backend that this Python does not have
             matplotlib.rcParams["backend"] = backend
     matplotlib.rcParams["text.parse_math"] = False  # the name of a folder may hold a $
     return Figure(figsize=(WIDTH, height), layout="constrained")
@@ -1710,7 +1719,7 @@ def plot_front(groups):
     labelled = points
     if len(points) > MOST_NAMES:
         labelled = [point for point in points if not any(beats(other, point) for other in points)]
-    labelled = sorted(labelled, key=height, reverse=True)[:MOST_NAMES]
+    labelled = sorted(labelled, key=height_order, reverse=True)[:MOST_NAMES]
     for number, point in enumerate(labelled):
         axis.annotate(
             wrapped(point.group, 24),
@@ -1731,7 +1740,7 @@ def beats(a, b):
     return a.fidelity > b.fidelity and a.shared > b.shared
 
 
-def height(point):
+def height_order(point):
     """Of several equally high, the right one first, so that lines to labels cross less."""
     return (point.shared, point.fidelity)
 
@@ -1831,7 +1840,7 @@ class Passing(Exception):
     def __init__(self, reason, wait=0.0, doubtful=False):
         super().__init__(reason)
         self.wait = wait  # seconds that the server asks us to wait
-        self.doubtful = doubtful  # whether there may be no judge at all
+        self.doubtful = doubtful  # whether there may be no judge at all: fewer tries then
 
 
 class Late(UserError):
@@ -1972,6 +1981,7 @@ class Judge:
             if reply.text.lstrip().startswith("<"):
                 message = f"--base-url: {self.url} answers with a page; does it end in /v1?"
                 raise UserError(message) from None
+            # A 200 without an answer, such as an error in JSON, may pass: try again.
             raise Passing(self.describe(reply), doubtful=True) from None
 
     def describe(self, reply):
@@ -2020,7 +2030,7 @@ def seconds(retry_after):
 
 
 def ask_all(judge, questions, what, concurrency=16):
-    """The Answer to each of questions, pairs (prompt, parse), in order. UserError; nothing is lost.
+    """The Answer to each question, a pair (prompt, parse), in order. Raises UserError.
 
     `concurrency` questions are asked at a time. Those that are not answered in time are asked again
     one by one at the end, so that nothing is sent which the server may still be working on.
@@ -2154,7 +2164,7 @@ def add_judge_flags(add, several=None):
 
 
 def web_address(text):
-    """An argparse type."""
+    """An argparse type: an http or https address."""
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text}: give an address that begins with http(s)://")
     return text
@@ -2240,7 +2250,7 @@ def parse(argv):
 
     text = "where features are active; with a judge, explanations, and how good they are"
     command = commands.add_parser("autointerp", help=text, description=text)
-    command.set_defaults(command=explain)
+    command.set_defaults(command=autointerp_command)
     add = command.add_argument
     add_autointerp_flags(add)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")

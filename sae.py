@@ -108,11 +108,8 @@ class SAE(nn.Module):
         reconstruct by itself, so that general features come first (Bussmann et al. 2025,
         arXiv:2503.17547). Every other architecture has one group, and so one prefix.
         """
-        x_hat, prefixes = self.b_dec, []
-        for a, W in zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes)):
-            x_hat = x_hat + a @ W
-            prefixes.append(x_hat)
-        return prefixes
+        groups = zip(acts.split(self.group_sizes, dim=-1), self.W_dec.split(self.group_sizes))
+        return running_sums(self.b_dec, (a @ W for a, W in groups))
 
     def forward(self, x):
         """The reconstruction of x [B, d_in], of the same shape."""
@@ -128,12 +125,21 @@ class SAE(nn.Module):
         return load_sae(folder)
 
 
+def running_sums(start, parts):
+    """[start + part 1, start + part 1 + part 2, ...], a list of tensors."""
+    total, sums = start, []
+    for part in parts:
+        total = total + part
+        sums.append(total)
+    return sums
+
+
 # --------------------------------------------------------------------------------------------------
 # The paper's subject: penalties on the weights of encoder and decoder
 
 
 def sum_of_squares(W):
-    return W.norm() ** 2  # without a matrix of squares in memory
+    return W.norm() ** 2  # the same as W.square().sum(), with no temporary matrix
 
 
 def sum_of_absolutes(W):
@@ -163,16 +169,17 @@ def decoder_only(function):
 PENALTIES = {
     "l1": both(sum_of_absolutes),
     "l2": both(sum_of_squares),
+    # The study's variants on MNIST: the mean of |W|, and the Frobenius norm, which is not squared.
     "l1_mean": both(lambda W: W.abs().mean()),
     "l2_norm": both(torch.norm),
 }
 
 
 def weight_penalty(sae, hp):
-    """The sum of all penalties, each times its weight: a scalar tensor. Biases go free.
+    """The sum of all penalties, each times its weight: a scalar tensor. Biases are not penalised.
 
-    It is a part of the loss, and so it passes through Adam. The decoupled weight decay of AdamW
-    is a different regularizer.
+    It is part of the loss, so Adam rescales its gradient together with that of the reconstruction.
+    AdamW's weight decay bypasses that rescaling, and is a different regularizer.
     """
     penalty = sae.W_dec.new_zeros(())
     for name, function in PENALTIES.items():
@@ -229,27 +236,28 @@ class OwnTensor(NamedTuple):
 
     name: str  # as an attribute of the SAE
     first_value: float
-    trained: bool  # by the gradient; else training keeps it up to date in another way
-    scales_with_x: bool  # whether inputs twice as large want it twice as large
+    trained: bool  # whether Adam trains it; if not, it is a buffer that Trainer updates
+    scales_with_x: bool  # whether it must double when all inputs double
     saelens_name: str  # in SAELens' files
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All in which an architecture differs from others; nothing else asks for one by its name."""
+    """Everything that is particular to an architecture. No other code asks which one it has."""
 
     saelens: str  # its name in SAELens' files
     train_rule: Callable  # from pre_acts to acts in training
     eval_rule: Callable  # the same for inputs that come one by one
     settings: tuple  # those of Hparams that concern it and not every architecture
-    chosen_from: str = ""  # keeps k latents of each "row", or k * B of the "batch", or neither
-    sparsity: Callable | None = None  # what its sparsity term adds up, if it has such a term
+    chosen_from: str = ""  # "row": keeps k of each input; "batch": k * B of all; "": neither
+    sparsity: Callable | None = None  # (sae, pre_acts, acts) -> [B, d_sae], which its term sums
     sparsity_weight: str = ""  # the setting that is the weight of that term
     groups: tuple = ()  # nested groups before the last one, as shares of d_sae
     tensors: tuple = ()  # OwnTensors
 
 
 OF_TOPK = ("k", "k_anneal", "aux")
+# A running mean of the smallest activation that a batch keeps: see Trainer.update_threshold.
 AVERAGED = OwnTensor("threshold", 0.0, trained=False, scales_with_x=True, saelens_name="threshold")
 BATCHTOPK = Architecture(
     saelens="jumprelu",  # which it is at inference
@@ -303,7 +311,7 @@ class Forward(NamedTuple):
     """What a forward pass of training finds on x [B, d_in]."""
 
     pre_acts: torch.Tensor  # [B, d_sae]
-    acts: torch.Tensor  # [B, d_sae]; by fast_pass only those that were kept, [k * B]
+    acts: torch.Tensor  # [B, d_sae]; fast_pass, where k is fixed, has only those kept, [k * B]
     prefixes: list  # reconstructions [B, d_in] by each nested prefix, the last one being x_hat
     fired: torch.Tensor  # [d_sae], on how many inputs each latent was active
     revived: torch.Tensor | None  # [B, d_in], the dead latents' contribution, where there are any
@@ -312,8 +320,8 @@ class Forward(NamedTuple):
 def dense_pass(sae, x, k, dead=None):
     """The forward pass as the formulas say it, on x [B, d_in].
 
-    `dead` [d_sae] marks latents that have not fired for long. The d_in / 2 of them with the largest
-    pre_acts are activated as well and give `revived`, which the auxiliary loss looks at.
+    `dead` [d_sae] marks latents that have not fired for a long time. For each input the d_in / 2
+    of them with the largest pre_acts are decoded too, into `revived`, for the auxiliary loss.
     """
     return forward_from(sae, sae.pre_acts(x), k, dead)
 
@@ -339,7 +347,7 @@ def squared_error(x_hat, x, reduction):
 
 
 def auxiliary_loss(revived, residual, dead):
-    """Dead latents are to reconstruct what the living ones leave over (arXiv:2406.04093, A.2).
+    """The error of dead latents at reconstructing what the others missed (arXiv:2406.04093, A.2).
 
     The squared error of `revived` [B, d_in] on the residual x - x_hat [B, d_in], in units of the
     residual's variance; zero where no latent is dead.
@@ -349,11 +357,11 @@ def auxiliary_loss(revived, residual, dead):
 
 
 class Loss(NamedTuple):
-    """The training loss and its two main parts, before their weights are lost in the sum."""
+    """The training loss, the two of its terms that are logged, and the pass they came from."""
 
     total: torch.Tensor  # what is minimised, a scalar as the next two
     recon: torch.Tensor  # the reconstruction error, averaged over the nested prefixes
-    penalty: torch.Tensor  # the paper's penalty on the weights
+    penalty: torch.Tensor  # l1 * sum |W| + l2 * sum W^2, as weight_penalty returns it
     forward: Forward
 
 
@@ -402,8 +410,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Hparams:
     """All that decides how one SAE turns out. Raises UserError where a value is out of its range.
 
-    A setting that does not concern the architecture returns to its default, so that it cannot make
-    a second run of the same SAE.
+    A setting that does not apply to the architecture is reset to its default: a sweep over k then
+    trains one ReLU SAE, not several equal ones.
     """
 
     arch: str = setting("topk", "SAE", "architecture", choices=tuple(ARCHS))
@@ -458,7 +466,7 @@ class Hparams:
 
 
 def applies(name, arch):
-    """Whether a setting concerns an architecture: unless only others list it, it does."""
+    """Whether a setting applies to an architecture: if it lists it, or if no architecture does."""
     listed = [other for other, table in ARCHS.items() if name in table.settings]
     return arch in listed or not listed
 
@@ -466,8 +474,9 @@ def applies(name, arch):
 # --------------------------------------------------------------------------------------------------
 # The training step
 
-LOG_EVERY = 100  # steps between lines of metrics.jsonl, for each of which the device must be waited
-LOOK_FOR_DEAD_EVERY = 100  # steps; whether any latent is dead must be waited for, too
+# Both need a number from the device, and so make the CPU wait for it: not at every step.
+LOG_EVERY = 100  # steps between lines of metrics.jsonl
+LOOK_FOR_DEAD_EVERY = 100  # steps between checks whether any latent is dead
 
 
 class Trainer:
@@ -489,7 +498,7 @@ class Trainer:
         self.metrics = []  # the lines of metrics.jsonl
 
     def train_step(self, x):
-        """One update on x [B, d_in], on the trainer's device, of unit mean squared norm.
+        """One update on x [B, d_in]: activations divided by the source's scale, on the device.
 
         Raises UserError where the loss is no longer a finite number.
         """
@@ -506,7 +515,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = total_loss(sae, hp, x, annealed_k(hp, self.step), dead)
 
-        # The update. The penalty's gradient is in it, and is clipped and scaled by Adam with it.
+        # The update. The penalty is part of the loss, so its gradient is clipped and rescaled too.
         loss.total.backward()
         if hp.unit_norm:
             self.project_decoder_gradient()
@@ -531,8 +540,8 @@ class Trainer:
     def project_decoder_gradient(self):
         """Remove from the gradient what would only change the norms of decoder rows.
 
-        This is usual for the TopK family with unit norm, while the study's ReLU SAEs are rescaled
-        after the step and no more. It also cancels an L2 penalty on the decoder.
+        The TopK family does this where decoder rows have norm 1; the study's ReLU SAEs only rescale
+        the rows after the step. It also removes the gradient of an L2 penalty on the decoder.
         """
         W_dec = self.sae.W_dec
         if applies("k", self.hp.arch) and W_dec.grad is not None:
@@ -543,7 +552,9 @@ class Trainer:
 
         A running mean, from threshold_start on, of the smallest act that a batch keeps.
         """
-        start = min(self.hp.threshold_start, self.hp.steps // 2)  # short runs need one as well
+        start = min(
+            self.hp.threshold_start, self.hp.steps // 2
+        )  # so that a short run has a threshold too
         if self.step < start:
             return
         smallest = torch.where(acts > 0, acts, torch.inf).min().float()
@@ -594,7 +605,7 @@ def initialise(sae, hp):
 def geometric_median(x, steps=100, tolerance=1e-5):
     """The point [d_in] with the least summed distance to the rows of x [B, d_in].
 
-    Weiszfeld's iteration: a mean in which each row counts by one over its distance.
+    Weiszfeld's iteration: a weighted mean, with the weight 1 / (distance to the last estimate).
     """
     median = x.mean(0)
     for _ in range(steps):
@@ -615,7 +626,7 @@ def learning_rate(hp, step):
 def annealed_k(hp, step):
     """k at this step: from d_in down to hp.k over the first hp.k_anneal of the steps.
 
-    With all latents in play at first, hardly any of them stays silent for ever.
+    With many latents active at first, hardly any of them dies for want of a gradient.
     """
     share = min(1.0, step / (hp.steps * hp.k_anneal)) if hp.k_anneal else 1.0
     return int(hp.k + (1 - share) * max(0, min(hp.d_in, hp.d_sae) - hp.k))
@@ -626,8 +637,8 @@ def annealed_k(hp, step):
 #
 # A source is any object with these six; Rows is one, Activations in train_pythia.py the other.
 #   d_in                      the width of an activation
-#   scale                     by which activations are divided, so that an SAE meets a mean squared
-#                             norm of 1 whatever it is trained on; there once `batches` was called
+#   scale                     the number that activations are divided by, known once `batches` has
+#                             begun; it makes their mean squared norm 1 (but is 1 for pixels)
 #   batches(hp, step, state)  an endless iterator of x / scale, each [hp.batch_size, d_in], from
 #                             step number `step` on; state is what state() gave at that step
 #   state()                   what a checkpoint must hold to go on from here, a dict of tensors
@@ -645,7 +656,7 @@ class Rows:
     The order depends on hp.data_seed and the number of the epoch alone. All rows are served once an
     epoch, so that its last batch may be smaller. `scale` None makes the mean squared norm 1, as the
     study has it for language models; pixels have the scale 1. `held_out` [M, d_in] is kept apart.
-    Raises UserError for what is no matrix of finite numbers.
+    Raises UserError unless both are matrices of finite floating-point numbers.
     """
 
     def __init__(self, x, held_out=None, scale=None, metadata=None):
@@ -678,7 +689,7 @@ class Rows:
 
 
 def mean_squared_norm(x, d_in):
-    """The mean over rows of x [N, d_in] of the squared norm. UserError where x is no such thing."""
+    """The mean squared norm of the rows of x [N, d_in]. UserError unless they are finite floats."""
     if x.ndim != 2 or x.shape[1] != d_in or len(x) == 0 or not x.is_floating_point():
         kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise UserError(f"activations must be floating-point numbers [N, {d_in}], not {kind}")
@@ -706,27 +717,28 @@ def train(runs, source, device="auto"):
     What is finished is not trained again, and what was interrupted goes on from its last checkpoint
     to the same weights, so the same call may always be repeated. Raises UserError.
     """
-    missing = {}
+    unfinished = {}
     for folder, hp in runs.items():
         if is_complete(folder, hp):
             remove_leftovers(folder)
         else:
-            missing[Path(folder)] = hp
-    if not missing:
+            unfinished[Path(folder)] = hp
+    if not unfinished:
         return
-    device = prepare(list(missing.values()), source, device)
+    device = prepare(list(unfinished.values()), source, device)
     trainers, states = {}, {}
-    for folder, hp in missing.items():
+    for folder, hp in unfinished.items():
         trainers[folder] = Trainer(hp, device)
         states[folder] = resume(trainers[folder], folder)
         write_hparams(trainers[folder], folder)
-    # The language model is far more expensive than one SAE, so all of them share the stream. It
-    # starts at the step of the one that is furthest behind, and the others wait for it there.
+    # The language model costs far more than an SAE, so all SAEs share one stream. After an
+    # interruption it starts at the smallest step of any SAE; those that are further ahead skip the
+    # batches that they have seen.
     behind = min(trainers, key=lambda folder: trainers[folder].step)
     step = trainers[behind].step
-    batches = source.batches(missing[behind], step, states[behind])
-    held_out, total = None, max(hp.steps for hp in missing.values())
-    title = behind.name if len(missing) == 1 else f"{len(missing)} SAEs"
+    batches = source.batches(unfinished[behind], step, states[behind])
+    held_out, total = None, max(hp.steps for hp in unfinished.values())
+    title = behind.name if len(unfinished) == 1 else f"{len(unfinished)} SAEs"
     due = time.monotonic() + CHECKPOINT_SECONDS
     with tqdm(total=total, initial=step, desc=title, unit="step") as progress:
         while trainers:
@@ -756,11 +768,12 @@ def train(runs, source, device="auto"):
 
 def show_metrics(progress, trainers):
     """The newest metrics of the first SAE, at the end of the progress bar."""
-    for trainer in list(trainers.values())[:1]:
-        for row in trainer.metrics[-1:]:
-            progress.set_postfix_str(
-                f"loss {row['loss']:.4f} fve {row['fve']:.3f} l0 {row['l0']:.0f}", refresh=False
-            )
+    trainer = next(iter(trainers.values()), None)
+    if trainer is None or not trainer.metrics:
+        return
+    row = trainer.metrics[-1]
+    text = f"loss {row['loss']:.4f} fve {row['fve']:.3f} l0 {row['l0']:.0f}"
+    progress.set_postfix_str(text, refresh=False)
 
 
 @torch.no_grad()
@@ -799,7 +812,7 @@ def prepare(hparams, source, device):
 
 
 # ==================================================================================================
-# Machinery. Nothing below changes what is computed.
+# Machinery. Nothing below changes the method.
 # ==================================================================================================
 #
 # The forward pass from the active entries alone. Of a TopK step, six products of a matrix with a
@@ -890,11 +903,7 @@ def decode_entries(sae, kept, B):
     group = torch.searchsorted(ends, kept.latents, right=True)
     n_sums = len(sae.group_sizes) * B
     sums = weighted_sums(kept.acts, kept.latents, sae.W_dec, B * group + kept.rows, n_sums)
-    x_hat, prefixes = sae.b_dec, []
-    for part in sums.split(B):
-        x_hat = x_hat + part
-        prefixes.append(x_hat)
-    return prefixes
+    return running_sums(sae.b_dec, sums.split(B))
 
 
 def weighted_sums(weights, sources, vectors, targets, n):
@@ -904,10 +913,8 @@ def weighted_sums(weights, sources, vectors, targets, n):
     """
     targets, order = targets.sort()
     starts = torch.searchsorted(targets, torch.arange(n, device=targets.device))
-    bags = F.embedding_bag(
-        sources[order], vectors, starts, mode="sum", per_sample_weights=weights[order]
-    )
-    return bags
+    weights = weights[order]
+    return F.embedding_bag(sources[order], vectors, starts, mode="sum", per_sample_weights=weights)
 
 
 def largest_entries(rows, n):
@@ -919,7 +926,7 @@ def largest_entries(rows, n):
 def largest(x, k, fold=8):
     """The indices of the k largest of each row of x [..., n], in no order, [..., k].
 
-    The same as x.topk(k).indices and several times faster: 30 ms of a step are left of 130. Fold
+    The set of x.topk(k).indices, up to ties, and faster: 30 ms of a step instead of 130. Fold
     the row into n / 8 columns of 8. The k largest numbers lie in the k columns whose maxima are
     largest. So a search among n / 8 numbers (which is folded again, while that pays) and one among
     8 * k take the place of one among n.
@@ -938,8 +945,9 @@ class Above(torch.autograd.Function):
     """1 where pre_acts [B, d_sae] exceed the threshold [d_sae], and 0 elsewhere.
 
     The derivative by the threshold is zero everywhere but at the jump, where there is none, so
-    nothing could be learned from it. In its place stands that of a ramp as wide as BANDWIDTH
-    (the straight-through estimator of arXiv:2407.14435, equations 11 and 12).
+    nothing could be learned from it. In its place stands that of a ramp as wide as BANDWIDTH (the
+    straight-through estimator of arXiv:2407.14435, equation 12). In `jumprelu` the
+    product rule multiplies it by pre_acts, where equation 11 has the threshold.
     """
 
     @staticmethod
@@ -976,8 +984,8 @@ def tune_cpu():
     # scripts call this before anything else.
     torch.set_flush_denormal(True)
     # glibc hands a large block back to the system as soon as a tensor is freed, and the next step
-    # gets it again, page by page: up to a quarter of a TopK step. It shall keep what it has.
-    # Other systems have no mallopt.
+    # gets it again, page by page: up to a quarter of a TopK step. These two calls make it keep
+    # freed memory. Systems without glibc have no mallopt.
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
@@ -1046,7 +1054,7 @@ def resume(trainer, folder):
 
 
 def finished_sae(trainer, scale):
-    """A copy of the trained SAE for inputs as they are, where training saw x / scale.
+    """A copy of the trained SAE that takes x itself, where training saw x / scale.
 
     (x / scale - b) @ W + c = ((x - scale * b) @ W + scale * c) / scale, and activations may be
     larger by that factor as well, so it is enough to multiply biases and thresholds.
@@ -1099,7 +1107,7 @@ def check_written(trainer, folder, scale, x):
 
 
 def remove_leftovers(folder):
-    """Remove what a finished run needs no more: a checkpoint, and halves that a kill left."""
+    """Remove what a finished run no longer needs: its checkpoint, and half-written files."""
     for pattern in ("checkpoint.pt", "*.tmp"):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)
@@ -1170,7 +1178,7 @@ def is_complete(folder, hp):
         return False
     found, wanted = read_hparams(folder), asdict(hp)
     for name, value in wanted.items():
-        if name != "length" and found[name] != value:
+        if name != "length" and found[name] != value:  # length only puts the steps into words
             differs = f"{flag(name)} {found[name]} instead of {value}"
             raise UserError(f"{folder} holds a run with {differs}: give another --out")
     return bool(read_json(path).get("complete")) and (path.parent / WEIGHTS).exists()
@@ -1270,7 +1278,7 @@ def load_sae(folder):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{folder}: not a whole SAE ({reason})") from None
     sae.metadata = found.metadata
-    return sae.eval()
+    return sae.eval().requires_grad_(False)
 
 
 def in_float32(tensors, names):
@@ -1573,20 +1581,18 @@ class Parser(argparse.ArgumentParser):
             if limits["group"] not in groups:
                 groups[limits["group"]] = self.add_argument_group(limits["group"])
             default = defaults.get(one.name, one.default)
-            shown, metavar, convert, count = default, one.type.__name__.upper(), one.type, "+"
-            if one.type is bool:  # a switch by itself is on
-                shown, metavar, convert, count = (
-                    "on" if default else "off",
-                    "on|off",
-                    on_or_off,
-                    "*",
-                )
+            shown = default
+            options = {"metavar": one.type.__name__.upper(), "type": one.type}
+            if one.type is bool:
+                shown = "on" if default else "off"
+                options = {"metavar": "on|off", "type": on_or_off}
             text = limits["help"]
             if limits["choices"]:
                 text += ": " + ", ".join(limits["choices"])
-            options = {"help": f"{text} (default {shown})", "metavar": metavar, "type": convert}
+            options["help"] = f"{text} (default {shown})"
             if not limits["stream"]:
-                default, options["nargs"] = [default], count
+                default = [default]
+                options["nargs"] = "*" if one.type is bool else "+"  # a switch alone means on
             groups[limits["group"]].add_argument(flag(one.name), default=default, **options)
 
 
@@ -1628,8 +1634,8 @@ def lists_of_settings(args):
 def run_name(hp, plain, names):
     """The name of a run, such as topk_k40_l2-0.0001_seed0.
 
-    Architecture, k, l2 and seed are in every name; of the other `names` those in which hp and
-    `plain` differ. Where the data come from is not in it.
+    Every name has the architecture, k, l2 and the seed, and each other setting of `names` that
+    differs from the script's default (`plain`). Where the data come from is not in it.
     """
     parts = [hp.arch]
     if applies("k", hp.arch):
@@ -1730,11 +1736,13 @@ def run_command(main):
     except (UserError, OSError) as error:
         message = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # torch says it of a CPU in words alone, and raises OutOfMemoryError for a GPU
+        words = "allocate memory" in str(error) or "not enough memory" in str(error)
+        if not (words or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
             raise
         way_out = "lower --batch-size, --d-sae or the number of SAEs"
         message = f"error: out of memory ({first_line(error)}): {way_out}"
     except KeyboardInterrupt:
-        message = "interrupted: the same command goes on from its last checkpoint"
+        message = "interrupted: what is finished is kept, and the same command goes on from there"
     print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(1)
