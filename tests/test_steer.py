@@ -598,6 +598,17 @@ def test_rates_by_feature_have_the_intervals_of_the_theory():
         assert found[name]["interval"] == pytest.approx(ends, abs=0.5 * error), name
 
 
+def test_an_interval_is_the_middle_95_percent_of_the_resampled_values():
+    resampled = np.random.default_rng(0).permutation(1000).astype(float)
+    found = steer.with_interval(np.array([7.0, *resampled, np.nan, np.nan]))
+    assert found == {"value": 7, "interval": [25, 974]}
+    resampled[resampled > 900] = np.inf
+    assert steer.with_interval(np.array([np.nan, *resampled])) == {
+        "value": None,
+        "interval": [25, None],
+    }
+
+
 def test_texts_of_a_feature_that_end_alike_make_its_interval_no_smaller():
     once = random_outcomes(60, 0.4, 3, texts=1)
     many = [values * 9 for values in once]
