@@ -49,6 +49,7 @@ STUDY = {
     "d_sae": 1568,
     "k": 32,  # of the architectures that have one; the study has ReLU alone here
     "sparsity": 0.1,
+    "l0_weight": 0.01,  # of JumpReLU, which the study did not train
     "reduction": "mean",  # over pixels and over latents
     "tied_init": False,
     "lr": 1e-3,
