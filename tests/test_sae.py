@@ -297,9 +297,10 @@ def test_the_fast_pass_returns_what_the_dense_one_does(arch):
 
 
 @pytest.mark.parametrize("arch", SPARSE)
-def test_fast_and_dense_training_stay_together_for_300_steps(arch, monkeypatch):
-    monkeypatch.setattr(sae_module, "LOG_EVERY", 1)
-    hp = small(arch, steps=300, l2=1e-3, lr=1e-3, dead_after=160)
+def test_fast_and_dense_training_stay_together_for_100_steps(arch, monkeypatch):
+    monkeypatch.setattr(sae_module, "LOG_EVERY", 5)
+    monkeypatch.setattr(sae_module, "LOOK_FOR_DEAD_EVERY", 10)
+    hp = small(arch, steps=100, l2=1e-3, lr=1e-3, dead_after=160)
     fast = trained(hp)
     monkeypatch.setattr(sae_module, "fast_pass", dense_pass)
     dense = trained(hp)
@@ -507,7 +508,7 @@ def test_a_decoder_that_does_not_learn_trains_the_rest(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_training_lowers_the_error_of_every_architecture(arch):
-    hp = small(arch, steps=300, reduction="mean")
+    hp = small(arch, steps=150, lr=2e-2, reduction="mean")
     x = data(200, seed=77)
     before, after = trained(hp, steps=1).sae, trained(hp).sae
     first, last = ((sae(x) - x).square().mean() for sae in (before, after))
@@ -597,7 +598,8 @@ def test_the_log_tells_what_happened_in_its_step(monkeypatch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_how_often_is_logged_changes_no_weight(arch, monkeypatch):
     """Also where the auxiliary loss takes part, which must know whether any latent is dead."""
-    hp = small(arch, steps=250, dead_after=64, aux=1.0)
+    hp = small(arch, steps=60, dead_after=64, aux=1.0)
+    monkeypatch.setattr(sae_module, "LOOK_FOR_DEAD_EVERY", 20)
     monkeypatch.setattr(sae_module, "LOG_EVERY", 7)
     often = trained(hp)
     monkeypatch.setattr(sae_module, "LOG_EVERY", 1000)
@@ -623,7 +625,7 @@ def test_only_the_log_asks_the_device_for_a_value(arch, monkeypatch):
 
 @pytest.mark.parametrize("l2", [0.0, 1e-6])
 def test_a_latent_that_never_fires_vanishes_under_the_penalty_alone(l2):
-    hp = small("relu", l2=l2, steps=1500, warmup=0, decay=0.0)
+    hp = small("relu", l2=l2, steps=400, lr=4e-2, warmup=0, decay=0.0)
     trainer = Trainer(hp)
     trainer.sae.b_enc.data[0] = -1e6
     for step in range(hp.steps):
@@ -784,6 +786,19 @@ def test_rows_that_are_no_matrix_of_finite_numbers_are_refused_at_once(x):
         Rows(x)
 
 
+def test_held_out_rows_are_checked_as_those_that_are_trained_on():
+    for held_out in (data(d_in=13), torch.full((5, 12), math.nan)):
+        with pytest.raises(UserError, match="activations must be"):
+            Rows(data(), held_out)
+
+
+def test_rows_without_any_held_out_train_as_well(tmp_path):
+    source = Rows(data())
+    assert list(source.held_out()) == []
+    train({tmp_path: small()}, source)
+    assert is_complete(tmp_path, small())
+
+
 class Counting:
     """A source as somebody would write one: six names, and a state that it cannot do without.
 
@@ -911,10 +926,14 @@ def test_a_run_that_is_ahead_of_the_others_waits_for_them_and_keeps_its_checkpoi
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_resumed_training_equals_uninterrupted_bit_for_bit_with_all_its_metrics(arch, tmp_path):
-    hp = small(arch, steps=250, dead_after=64, l2=1e-3)
+def test_resumed_training_equals_uninterrupted_bit_for_bit_with_all_its_metrics(
+    arch, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sae_module, "LOOK_FOR_DEAD_EVERY", 20)
+    monkeypatch.setattr(sae_module, "LOG_EVERY", 10)
+    hp = small(arch, steps=60, dead_after=64, l2=1e-3)
     whole = trained(hp)
-    save_checkpoint(trained(hp, steps=133), tmp_path, {"position": torch.tensor(3)})
+    save_checkpoint(trained(hp, steps=33), tmp_path, {"position": torch.tensor(3)})
     resumed = Trainer(hp)
     assert resume(resumed, tmp_path) == {"position": 3}
     for step in range(resumed.step, hp.steps):
@@ -1070,6 +1089,19 @@ def test_an_architecture_whose_own_tensor_is_not_written_is_refused_and_its_chec
         save_run(trainer, tmp_path, some_rows(), data())
     assert (tmp_path / "checkpoint.pt").exists()
     assert not is_complete(tmp_path, hp)
+
+
+def test_an_architecture_that_scales_the_wrong_tensors_is_refused(tmp_path, monkeypatch):
+    (threshold,) = ARCHS["jumprelu"].tensors
+    wrong = threshold._replace(scales_with_x=False)
+    monkeypatch.setitem(ARCHS, "jumprelu", replace(ARCHS["jumprelu"], tensors=(wrong,)))
+    trainer = Trainer(small("jumprelu"))
+    trainer.sae.threshold.data.fill_(0.5)
+    save_checkpoint(trainer, tmp_path, {})
+    source = Rows(100 * data())
+    with pytest.raises(UserError, match="checkpoint is kept"):
+        save_run(trainer, tmp_path, source, 100 * data() / source.scale)
+    assert (tmp_path / "checkpoint.pt").exists()
 
 
 def test_what_is_read_back_must_do_what_the_trained_sae_does(tmp_path, monkeypatch):
@@ -1472,7 +1504,7 @@ def test_no_code_in_a_file_is_ever_run(tmp_path, monkeypatch):
     torch.save({**state, "stream": Bomb()}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="damaged"):
         resume(trainer, tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(UserError, match="damaged"):
         resume(trainer, tmp_path)
     with pytest.raises(UserError, match="not a whole SAE"):
@@ -1621,7 +1653,7 @@ def test_a_command_line_that_cannot_work_ends_in_one_line_with_status_2(line, na
         (UserError("--k 3: too few"), 1),
         (FileNotFoundError(2, "No such file or directory", "x.bin"), 1),
         (MemoryError(), 1),
-        (RuntimeError("CUDA out of memory"), 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
         (KeyboardInterrupt(), 1),
     ],
     ids=lambda value: type(value).__name__,
