@@ -1365,6 +1365,13 @@ def read_saelens(folder):
         move_decoder_norms(tensors)
     if not switch(cfg, "apply_b_dec_to_input", True):
         undo_centring(tensors)
+    scaler = folder / "activation_scaler.json"
+    if normalize == "expected_average_only_in" and scaler.exists():
+        # A checkpoint of SAELens was trained on x times this, which a finished SAE has folded in.
+        factor = read_json(scaler)["scaling_factor"]
+        tensors["W_enc"] = tensors["W_enc"] * factor
+        tensors["W_dec"] = tensors["W_dec"] / factor
+        tensors["b_dec"] = tensors["b_dec"] / factor
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         if name in tensors:
             tensors["W_dec"] = tensors["W_dec"] * tensors.pop(name)[:, None]
@@ -1495,6 +1502,8 @@ def ungate(tensors):
     positive. With pre_acts = e^r * (x @ W) + b_mag, it is on where pre_acts > b_mag - e^r * b_gate.
     """
     factor = tensors.pop("r_mag").exp()
+    if factor.min() < 1e-6:  # b_mag - e^r * b_gate would be b_mag in float32, and the gate lost
+        raise ValueError("r_mag is too small for float32")
     b_mag = tensors.pop("b_mag")
     tensors["W_enc"] = tensors["W_enc"] * factor
     tensors["b_enc"] = b_mag

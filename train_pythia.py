@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sae import (
+    SAE,
     Parser,
     Rows,
     UserError,
@@ -46,7 +47,6 @@ from sae import (
     make_folder,
     pick_device,
     read_hparams,
-    read_json,
     replacing,
     run_command,
     sweep,
@@ -483,17 +483,25 @@ def read_run(folder):
         hp = read_hparams(folder)
         if hp["model"]:
             return Run(folder, hp["model"], hp["layer"], hp["context"], hp["data"], hp["dtype"])
-    elif (folder / "cfg.json").exists():
-        cfg = read_json(folder / "cfg.json")
-        # SAELens 6 has these in "metadata", before it had them among the others
-        names = cfg.get("metadata") or cfg
-        model, hook, context = (names.get(k) for k in ("model_name", "hook_name", "context_size"))
-        if model and hook and context:
-            layer = block_of_hook(folder, str(hook))
-            # Nothing says where the tokens of its data set are
-            return Run(folder, hub_name(str(model)), layer, int(context), "pile", "auto")
+    else:
+        origin = SAE.load(folder).metadata  # by the same names, whichever library wrote it
+        model, hook = origin.get("model_name"), origin.get("hook_name")
+        context = origin.get("context_size")
+        named = isinstance(model, str) and isinstance(hook, str)
+        if named and type(context) is int and context > 1:
+            if origin.get("hook_name_out") not in (None, hook):
+                raise UserError(f"{folder}: it reads {hook} and gives {origin['hook_name_out']}")
+            loading = origin.get("model_from_pretrained_kwargs")
+            if isinstance(loading, dict) and loading.get("center_writing_weights"):
+                reason = "it reads a residual stream without its mean (center_writing_weights)"
+                raise UserError(f"{folder}: {reason}, which is not supported")
+            if origin.get("prepend_bos"):
+                print(f"note: {folder} was trained with a BOS token, which is not put in here")
+            layer = block_of_hook(folder, hook)
+            # Nothing says where the tokens of its data set are.
+            return Run(folder, hub_name(model), layer, context, "pile", "auto")
     raise UserError(
-        f"{folder}: not a run of train_pythia.py, and no cfg.json there names model_name, "
+        f"{folder}: not a run of train_pythia.py, and its files do not name model_name, "
         "hook_name and context_size: there is no language model to measure it with"
     )
 

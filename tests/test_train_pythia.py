@@ -545,11 +545,9 @@ def test_contexts_are_cut_one_after_the_other_and_the_rest_is_left():
 
 
 def saelens_folder(folder, **metadata):
-    folder.mkdir(exist_ok=True)
     names = {"model_name": "gpt2-small", "hook_name": "blocks.9.hook_resid_post"}
     names["context_size"] = 128
-    cfg = {"architecture": "standard", "metadata": {**names, **metadata}}
-    (folder / "cfg.json").write_text(json.dumps(cfg))
+    SAE(4, 8, "relu").save(folder, {**names, **metadata})
     return folder
 
 
@@ -581,9 +579,17 @@ def test_an_sae_of_another_place_is_refused(hook, tmp_path):
 
 
 def test_an_sae_of_no_language_model_is_refused(tmp_path):
-    for folder in (tmp_path, saelens_folder(tmp_path / "foreign", context_size=None)):
+    for context_size in (None, "many", [64], True, 0):
+        folder = saelens_folder(tmp_path, context_size=context_size)
         with pytest.raises(UserError, match=r"not a run of train_pythia\.py"):
             read_run(folder)
+
+
+def test_an_sae_that_reads_or_gives_something_else_is_refused(tmp_path):
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    for others in (centred, {"hook_name_out": "blocks.10.hook_resid_post"}):
+        with pytest.raises(UserError):
+            read_run(saelens_folder(tmp_path, **others))
 
 
 def test_a_run_is_opened_with_the_tokens_that_are_asked_for(run_folder, tokens_file):
