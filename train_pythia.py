@@ -204,11 +204,15 @@ def parallel(a, b):
     return bool((F.cosine_similarity(a.float(), b.float(), dim=-1) > 0.999).all())
 
 
+HOOK = "hook_resid_post"  # what TransformerLens calls the place that `site` reads
+
+
 def site(model, layer):
     """The module whose output is read and replaced.
 
-    To train SAEs on something else than the residual stream, change this line: for MLP outputs of
-    Pythia, `return blocks(model)[layer].mlp`.
+    To train SAEs on something else than the residual stream, change this line and HOOK, which goes
+    into the SAE's file, and give another --out: for MLP outputs of Pythia
+    `return blocks(model)[layer].mlp` and "hook_mlp_out". An SAE of another place is refused.
     """
     return blocks(model)[layer]
 
@@ -326,7 +330,7 @@ class Activations:
         self.scale = None  # known from the first filling on
         self.metadata = {
             "model_name": model.name_or_path,
-            "hook_name": f"blocks.{layer}.hook_resid_post",
+            "hook_name": f"blocks.{layer}.{HOOK}",
             "context_size": context,
             "prepend_bos": False,
         }
@@ -482,6 +486,8 @@ def read_run(folder):
     if (folder / "hparams.json").exists():
         hp = read_hparams(folder)
         if hp["model"]:
+            # A fork may read another place, which is no setting but stands in the SAE's file.
+            block_of_hook(folder, str(SAE.load(folder).metadata.get("hook_name")))
             return Run(folder, hp["model"], hp["layer"], hp["context"], hp["data"], hp["dtype"])
     else:
         origin = SAE.load(folder).metadata  # by the same names, whichever library wrote it
@@ -508,14 +514,14 @@ def read_run(folder):
 
 def block_of_hook(folder, hook):
     """The block whose output a hook of TransformerLens names. Raises UserError."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    found = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook)
     if found:
-        layer = int(found[1])
-        if found[2] == "pre":
-            layer -= 1  # what goes into a block is what the one before it puts out
-        if layer >= 0:
+        layer, place = int(found[1]), found[2]
+        if place == HOOK:
             return layer
-    way_out = "only what a block puts out can be read, such as blocks.3.hook_resid_post"
+        if place == "hook_resid_pre" and HOOK == "hook_resid_post" and layer > 0:
+            return layer - 1  # what goes into a block is what the one before it puts out
+    way_out = f"only such a place as blocks.3.{HOOK} can be read"
     raise UserError(f"{folder}: of hook_name {hook}: {way_out}")
 
 
