@@ -1261,8 +1261,8 @@ def load_sae(folder):
             raise UserError(f"{folder}: an SAE of no features")
         for name, size in (("d_in", d_in), ("d_sae", d_sae)):
             if found.metadata.get(name) not in (None, size):
-                said = f"{name} {found.metadata[name]}"
-                raise UserError(f"{folder}: its configuration has {said}, its weights {size}")
+                configured = f"{name} {found.metadata[name]}"
+                raise UserError(f"{folder}: its cfg says {configured}, its weights {size}")
         if ARCHS[found.arch].saelens == "topk" and not 1 <= found.k <= d_sae:
             raise UserError(f"{folder}: a TopK SAE of {d_sae} latents with k = {found.k}")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
