@@ -118,14 +118,14 @@ def first_of_lists(arguments):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_commands_of_a_recipe_train(name, tmp_path):
+def test_the_first_command_of_a_recipe_trains(name, tmp_path):
+    """The others are parsed, as all commands of the pages are."""
     folder = copy_of_the_code(tmp_path, [name])
     assert flags_of(name), "the page of recipes shows how it is used"
-    for number, arguments in enumerate(flags_of(name)):
-        out = ["--out", f"runs/{number}"]
-        run_script(folder, "train_mnist", [*arguments, *SMALL.split(), *out])
-        (trained_run,) = (folder / "runs" / str(number)).glob("*_seed*")
-        assert (trained_run / "quality.json").exists()
+    flags = [*flags_of(name)[0], *SMALL.split(), "--out", "runs/small"]
+    run_script(folder, "train_mnist", flags)
+    (trained_run,) = (folder / "runs" / "small").glob("*_seed*")
+    assert (trained_run / "quality.json").exists()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
