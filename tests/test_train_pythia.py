@@ -578,6 +578,12 @@ def test_an_sae_of_another_place_is_refused(hook, tmp_path):
         read_run(saelens_folder(tmp_path, hook_name=hook))
 
 
+def test_first_positions_do_not_count_for_the_limit_of_outliers():
+    resid = torch.ones(2, 2, 3)
+    resid[:, 0] = 0
+    assert train_pythia.outlier_limit(resid) == pytest.approx(10 * 3**0.5)
+
+
 def test_an_sae_of_no_language_model_is_refused(tmp_path):
     for context_size in (None, "many", [64], True, 0):
         folder = saelens_folder(tmp_path, context_size=context_size)
