@@ -715,7 +715,8 @@ def train(runs, source, device="auto"):
     """Train all SAEs of {folder: Hparams} on one stream, and save each in its folder.
 
     What is finished is not trained again, and what was interrupted goes on from its last checkpoint
-    to the same weights, so the same call may always be repeated. Raises UserError.
+    to the same weights, so the same call may always be repeated. An SAE that diverges is given up,
+    and named when the others are finished. Raises UserError.
     """
     unfinished = {}
     for folder, hp in runs.items():
@@ -737,7 +738,7 @@ def train(runs, source, device="auto"):
     behind = min(trainers, key=lambda folder: trainers[folder].step)
     step = trainers[behind].step
     batches = source.batches(unfinished[behind], step, states[behind])
-    held_out, total = None, max(hp.steps for hp in unfinished.values())
+    held_out, diverged, total = None, [], max(hp.steps for hp in unfinished.values())
     title = behind.name if len(unfinished) == 1 else f"{len(unfinished)} SAEs"
     due = time.monotonic() + CHECKPOINT_SECONDS
     with tqdm(total=total, initial=step, desc=title, unit="step") as progress:
@@ -746,14 +747,20 @@ def train(runs, source, device="auto"):
             for folder, trainer in list(trainers.items()):
                 if trainer.step > step:
                     continue  # its checkpoint is of a later step
-                if step < trainer.hp.steps:
-                    trainer.train_step(x)
-                if trainer.step >= trainer.hp.steps:
-                    sae = save_run(trainer, folder, source, x)
-                    if held_out is None:
-                        held_out = list(itertools.islice(source.held_out(), HELD_OUT_BATCHES))
-                    progress.write(closing_line(sae, trainer, folder, held_out))
+                try:
+                    if step < trainer.hp.steps:
+                        trainer.train_step(x)
+                    if trainer.step >= trainer.hp.steps:
+                        sae = save_run(trainer, folder, source, x)
+                        if held_out is None:
+                            held_out = list(itertools.islice(source.held_out(), HELD_OUT_BATCHES))
+                        progress.write(closing_line(sae, trainer, folder, held_out))
+                        del trainers[folder]
+                except Diverged as error:  # one learning rate too many costs the others nothing
                     del trainers[folder]
+                    diverged.append(f"{folder}: {error}")
+                    if trainers:
+                        progress.write(diverged[-1])
             step += 1
             progress.update(min(step, total) - progress.n)
             show_metrics(progress, trainers)
@@ -761,9 +768,12 @@ def train(runs, source, device="auto"):
                 start = time.monotonic()
                 for folder, trainer in trainers.items():
                     if trainer.step == step:  # one that waits has a checkpoint of a later step
-                        save_checkpoint(trainer, folder, source.state())
+                        with suppress(Diverged):  # which will be noticed above, at its next metrics
+                            save_checkpoint(trainer, folder, source.state())
                 # A checkpoint may take a twentieth of the time, and no more.
                 due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
+    if diverged:
+        raise UserError("; ".join(diverged))
 
 
 def show_metrics(progress, trainers):
@@ -997,10 +1007,10 @@ def tune_cpu():
 
 
 def check_finite(trainer, loss=0.0):
-    """Raise UserError where the loss or a weight is not a finite number."""
+    """Raise Diverged where the loss or a weight is not a finite number."""
     if not all(torch.as_tensor(n).isfinite().all() for n in (loss, *trainer.sae.parameters())):
         way_out = "lower --lr or the weight of the penalty"
-        raise UserError(f"the loss is not finite at step {trainer.step}: {way_out}")
+        raise Diverged(f"the loss is not finite at step {trainer.step}: {way_out}")
 
 
 def save_checkpoint(trainer, folder, stream_state):
@@ -1668,6 +1678,10 @@ def run_name(hp, plain, names):
 
 class UserError(Exception):
     """What the user can mend, told in one line: flag or file, what is wrong, the way out."""
+
+
+class Diverged(UserError):
+    """Training has led to numbers that are not finite, and cannot go on from there."""
 
 
 def first_line(error):

@@ -905,6 +905,18 @@ def test_runs_trained_together_equal_runs_trained_alone_also_with_other_numbers_
         assert_same_weights(tmp_path / "together" / name, tmp_path / "alone" / name)
 
 
+def test_an_sae_that_diverges_is_named_and_costs_the_others_nothing(tmp_path, clock):
+    good, bad = small(steps=150), small(steps=150, lr=1e30)
+    train({tmp_path / "alone": good}, Counting())
+    runs = {tmp_path / "bad": bad, tmp_path / "good": good}
+    with pytest.raises(UserError, match="bad: the loss is not finite at step 100: lower --lr"):
+        train(runs, Counting(clock=clock))
+    assert_same_weights(tmp_path / "good", tmp_path / "alone")
+    assert not (tmp_path / "bad" / "sae_weights.safetensors").exists()
+    with pytest.raises(UserError, match="bad: the loss is not finite"):
+        train(runs, Counting(clock=clock))
+
+
 def test_what_is_finished_is_not_trained_again(tmp_path):
     hp = small()
     train({tmp_path: hp}, some_rows())
