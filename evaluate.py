@@ -2207,7 +2207,9 @@ def measure(args):
     measure_runs(runs, args.tokens, args.data, pick_device(args.device))
     print(table(groups))
     if args.json:
-        write_json(args.json, {"runs": [{"run": run.folder.name, **run.quality} for run in runs]})
+        names = [{"run": run.folder.name, "folder": str(run.folder)} for run in runs]
+        rows = [name | run.quality for name, run in zip(names, runs)]
+        write_json(args.json, {"runs": rows})
 
 
 def json_file(text):

@@ -1004,7 +1004,8 @@ def test_a_run_on_rows_of_activations_is_measured_on_their_last_tenth(tmp_path, 
     assert result["inputs"] == 30
     assert result["fve"] == pytest.approx(expected["fve"], rel=1e-5)
     assert np.load(folder / "covariance.npy") == pytest.approx(np.cov(x[270:].T), abs=1e-4)
-    assert json.loads((tmp_path / "all.json").read_text())["runs"] == [{"run": "r_seed0", **result}]
+    names = {"run": "r_seed0", "folder": str(folder)}
+    assert json.loads((tmp_path / "all.json").read_text())["runs"] == [names | result]
     (row,) = cells(capsys.readouterr().out)
     assert row["fve"] == f"{result['fve']:.3f}"
 
