@@ -773,7 +773,7 @@ def train(runs, source, device="auto"):
                 # A checkpoint may take a twentieth of the time, and no more.
                 due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - start))
     if diverged:
-        raise UserError("; ".join(diverged))
+        raise Diverged("; ".join(diverged))
 
 
 def show_metrics(progress, trainers):
@@ -818,6 +818,12 @@ def prepare(hparams, source, device):
     if any(hp.warmup > hp.steps / 5 for hp in hparams):
         shortest = min(hp.steps for hp in hparams)
         print(f"note: --warmup takes over a fifth of {shortest} steps: lower it, or train longer")
+    for hp in hparams:
+        n_inputs = hp.steps * hp.batch_size
+        if applies("aux", hp.arch) and hp.aux and hp.dead_after >= n_inputs:
+            print(f"note: no latent can be unfired for --dead-after {hp.dead_after:,} of the")
+            print(f"{n_inputs:,} inputs of this run, so the auxiliary loss will revive none")
+            break
     return pick_device(device)
 
 
