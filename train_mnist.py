@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 import evaluate
 from sae import (
     SAE,
+    Diverged,
     Parser,
     Rows,
     UserError,
@@ -200,6 +201,7 @@ def main(argv=None):
     args, runs = parse(argv)
     device = pick_device(args.device)
     unfinished = {folder: hp for folder, hp in runs.items() if not is_finished(folder, hp)}
+    diverged = None
     if unfinished:
         images, test_images = (split.to(device) for split in load_images(args.data))
         make_folder(args.out)
@@ -207,17 +209,33 @@ def main(argv=None):
         print(f"{len(unfinished)} of {len(runs)} SAEs to do on {n_images}, {device}, in {args.out}")
         origin = {"model_name": args.data, "hook_name": "pixels"}
         metadata = {**origin, "context_size": 1, "prepend_bos": False}
-        train(unfinished, Rows(images, test_images, scale=1.0, metadata=metadata), device)
+        try:
+            train(unfinished, Rows(images, test_images, scale=1.0, metadata=metadata), device)
+        except Diverged as error:  # the others are finished, so they are measured and compared
+            diverged = error
         moments = evaluate.covariance(test_images)
-        for folder in unfinished:
-            measure(folder, test_images, moments)
+        for folder, hp in unfinished.items():
+            if is_complete(folder, hp):
+                measure(folder, test_images, moments)
+    finished = [folder for folder, hp in runs.items() if is_finished(folder, hp)]
     if len(set(args.seed)) < 2:
         print("one seed: give --seed 0 1 2 for a table of how far features recur")
-        return
-    groups = evaluate.compare_seeds(list(runs))
+    elif finished:
+        try:
+            compare(finished, args.out)
+        except UserError:
+            if diverged is None:  # else there may be no two seeds left of any configuration
+                raise
+    if diverged is not None:
+        raise diverged
+
+
+def compare(folders, out):
+    """Print the table of how far features recur, and write figures and pictures into `out`."""
+    groups = evaluate.compare_seeds(folders)
     print(evaluate.table(groups))
-    evaluate.write_consistency(groups, args.out / "consistency.json")
-    evaluate.save_figure(plot_pairs(groups), args.out / "pairs.png")
+    evaluate.write_consistency(groups, out / "consistency.json")
+    evaluate.save_figure(plot_pairs(groups), out / "pairs.png")
 
 
 # --------------------------------------------------------------------------------------------------

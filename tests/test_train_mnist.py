@@ -337,11 +337,23 @@ def test_a_folder_of_another_run_is_left_alone(few_glyphs, tmp_path):
     assert weights(run) == before
 
 
-def test_a_loss_that_is_not_a_number_keeps_what_is_finished(few_glyphs, tmp_path):
-    command(tmp_path)
+def test_the_others_of_a_sweep_are_measured_and_compared_where_an_sae_diverges(
+    few_glyphs, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: drawn.append(path.name))
+    with pytest.raises(UserError, match=r"l2-1e\+38\S+_seed0: the loss is not finite.*_seed1: "):
+        command(tmp_path, "--l2", 0, "1e38", "--seed", 0, 1)
+    assert "shared of alive" in capsys.readouterr().out
+    assert "pairs.png" in drawn
+    measured = sorted(path.parent.name for path in tmp_path.glob("*/quality.json"))
+    assert [name.split("_")[1] for name in measured] == ["l2-0", "l2-0"]
+
+
+def test_saes_that_all_diverge_are_named_though_none_is_left_to_be_compared(few_glyphs, tmp_path):
     with pytest.raises(UserError, match="the loss is not finite"):
-        command(tmp_path, "--l2", "1e38", "--epochs", 20)
-    assert len(list(tmp_path.glob("*/sae_weights.safetensors"))) == 1
+        command(tmp_path, "--l2", "1e38", "--seed", 0, 1)
+    assert not list(tmp_path.glob("*/sae_weights.safetensors"))
 
 
 @pytest.mark.parametrize(
