@@ -111,18 +111,23 @@ def download_mnist(folder):
 
 def read_mnist(path, data):
     """The images in one of MNIST_FILES, or in its archive beside it. Raises UserError."""
-    archive = path.with_name(f"{path.name}.gz")
+    fetch_again = "delete it, and fetch MNIST again"  # nothing is downloaded over what is there
+    packed = not path.exists()
+    found = path.with_name(f"{path.name}.gz") if packed else path
     try:
-        content = path.read_bytes() if path.exists() else gzip.decompress(archive.read_bytes())
+        content = found.read_bytes()
+        if packed:
+            content = gzip.decompress(content)
     except FileNotFoundError:
         way_out = "give a folder with MNIST/raw in it, or --data glyphs"
-        raise UserError(f"--data {data}: no {archive}: {way_out}") from None
+        raise UserError(f"--data {data}: no {found}: {way_out}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--data {data}: {archive} is damaged ({first_line(error)})") from None
+        reason = f"{found} is damaged ({first_line(error)})"
+        raise UserError(f"--data {data}: {reason}: {fetch_again}") from None
     # Other images in MNIST's format would otherwise pass for MNIST in every table.
     if hashlib.sha256(content).hexdigest() != MNIST_FILES[path.name]:
-        found = path if path.exists() else archive
-        raise UserError(f"--data {data}: {found} does not hold MNIST's images: fetch it again")
+        reason = f"{found} does not hold MNIST's images"
+        raise UserError(f"--data {data}: {reason}: {fetch_again}")
     pixels = torch.frombuffer(bytearray(content[IDX_HEADER:]), dtype=torch.uint8)
     return pixels.view(-1, 28 * 28).float() / 255
 
@@ -312,8 +317,12 @@ def plot_pairs(groups):
     for axis, group in zip(axes, groups):
         pairs = example_pairs(group.runs[0].sae, group.runs[1].sae, 8)
         tiles = [Tile([pair.a, pair.b], f"{pair.cosine:+.2f}") for pair in pairs]
+        heading = textwrap.fill(group.label, 30)
         if tiles:
-            draw_tiles(axis, tiles, 4, textwrap.fill(group.label, 30))
+            draw_tiles(axis, tiles, 4, heading)
+        else:  # a penalty that is too strong leaves none
+            axis.set_title(f"{heading}\nno pair of alive features", fontsize=10)
+            axis.axis("off")
     figure.suptitle(
         "Decoder rows alone: features of one seed, each above its\n"
         "partner in another, with their cosine; best pair to worst",

@@ -104,6 +104,14 @@ def test_images_are_read_from_archives_and_from_unpacked_files(packed, small_mni
         assert torch.equal(loaded, torch.from_numpy(original.reshape(30, 784)) / 255)
 
 
+def test_a_file_that_cannot_be_read_is_named_and_not_its_archive(small_mnist):
+    folder, images = small_mnist
+    name = min(images)
+    (folder / "MNIST" / "raw" / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} is damaged .*: delete it"):
+        load_images(str(folder))
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_other_images_in_mnists_format_do_not_pass_for_mnist(suffix, small_mnist):
     folder, images = small_mnist
@@ -427,6 +435,16 @@ def test_pairs_go_from_the_most_alike_to_the_least():
     for pair in pairs:
         expected = torch.cosine_similarity(pair.a, pair.b, dim=0).item()
         assert pair.cosine == pytest.approx(expected)
+
+
+def test_a_configuration_without_alive_features_is_named_in_the_picture_of_pairs():
+    rows = torch.randn(5, 784, generator=torch.Generator().manual_seed(0))
+    dead, alive = sae_of(torch.zeros(5, 784)), sae_of(rows)
+    groups = [group_of(alive, alive, label="l2 0"), group_of(dead, dead, label="l2 1")]
+    left, right = train_mnist.plot_pairs(groups).axes
+    assert left.get_title() == "l2 0"
+    assert right.get_title() == "l2 1\nno pair of alive features"
+    assert not right.axison, "no empty frame"
 
 
 def test_the_strongest_features_come_first(monkeypatch):
