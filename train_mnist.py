@@ -2,12 +2,15 @@
 
     python train_mnist.py --data glyphs --l2 0 1e-5 --seed 0 1 2       no download, minutes on a CPU
     python train_mnist.py --l2 0 1e-5 --seed 0 1 2                     MNIST, the study's setting
-    python train_mnist.py --l2 0 1e-5 --seed 0 1 2 --tied-init --unit-norm      its other setting
+    python train_mnist.py --l2 0 1e-5 --seed 0 1 2 --tied-init --unit-norm      its other one
 
-Lists are swept: every combination of their values is an SAE with a run folder of its own, and all
-are trained on the same stream of batches. What is finished is not trained again, and what was
-interrupted goes on, so a command can always be repeated. At the end it prints a table of how far
-features recur, and draws pictures.
+Its other setting differs in three things: the encoder starts as the decoder's transpose, decoder
+rows keep norm 1, and there are biases, which `--tied-init` switches on.
+
+Flags that take several values are swept: every combination is an SAE with a run folder of its own,
+and all are trained on the same stream of batches. What is finished is not trained again, and what
+was interrupted goes on, so a command can always be repeated. At the end it prints a table of how
+far features recur, and draws pictures.
 """
 
 import gzip
@@ -43,8 +46,9 @@ from sae import (
     write_json,
 )
 
-# The study's settings for images, where they are not those for Pythia. Its plain setting has no
-# biases and draws encoder and decoder each by itself; tied initialisation comes with biases.
+# The study's plain settings for images, where they differ from those for Pythia. There are no
+# biases, and encoder and decoder are drawn separately. `--tied-init` switches biases on as well
+# (see `complete` in `parse`).
 STUDY = {
     "arch": "relu",
     "d_sae": 1568,
@@ -70,7 +74,7 @@ class ImageSet(NamedTuple):
 
 IMAGE_SETS = {
     "mnist": ImageSet(60_000, 100, STUDY),
-    "glyphs": ImageSet(20_000, 20, {**STUDY, "d_sae": 512, "batch_size": 128}),  # a first look
+    "glyphs": ImageSet(20_000, 20, {**STUDY, "d_sae": 512, "batch_size": 128}),  # for minutes
 }
 N_TEST_GLYPHS = 2_000
 
@@ -86,7 +90,7 @@ IDX_HEADER = 16  # bytes before the pixels
 
 
 def load_images(data):
-    """Training and test images of "mnist", "glyphs" or a folder that holds MNIST. UserError."""
+    """Training and test images of "mnist", "glyphs" or a folder with MNIST. Raises UserError."""
     if data == "glyphs":
         n_train = IMAGE_SETS["glyphs"].n_train
         return draw_glyphs(n_train + N_TEST_GLYPHS).split([n_train, N_TEST_GLYPHS])
@@ -143,8 +147,10 @@ def draw_glyphs(n, seed=0):
     which = torch.randint(len(masters), (n,), generator=generator)
     angle, shear, scale = between(-0.25, 0.25), between(-0.25, 0.25), between(0.65, 0.9)
     stretch = between(0.85, 1.15)
+    # From a pixel's place (x, y) in the image, each from -1 to 1, to the place in the master that
+    # it shows: the factors of x and of y, and a shift. So a scale below 1 enlarges.
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    x_row = [cos * stretch, shear - sin, between(-0.08, 0.08)]  # the last is a shift
+    x_row = [cos * stretch, shear - sin, between(-0.08, 0.08)]
     y_row = [sin * stretch, cos, between(-0.08, 0.08)]
     affine = torch.stack([*x_row, *y_row], 1).view(n, 2, 3)
     images = []
@@ -175,7 +181,7 @@ def draw_masters():
         ImageDraw.Draw(image).text(corner, digit, fill=255, font=font)
         masters.append(np.asarray(image, dtype=np.float32) / 255)
     masters = torch.from_numpy(np.stack(masters))[:, None]
-    # Blurred to the resolution of the images, which is half as high, lest they have jagged edges.
+    # Blurred, since the images have half this resolution and would have jagged edges.
     return F.avg_pool2d(masters, 3, stride=1, padding=1)
 
 
@@ -196,10 +202,7 @@ def measure(folder, test_images, moments):
     evaluate.save_figure(plot_features(sae.cpu(), mean_acts), folder / "features.png")
     write_json(folder / "quality.json", quality)  # last, since it says that all this is done
     used = sae.d_sae - quality["dead_by_use"]
-    print(
-        f"{folder}: fve {quality['fve']:.4f}, l0 {quality['l0']:.1f} on the test images; of "
-        f"{sae.d_sae} features {quality['alive']} are alive and {used} are used"
-    )
+    print(f"{folder}: of {sae.d_sae} features {quality['alive']} are alive and {used} are used")
 
 
 def main(argv=None):
@@ -210,10 +213,14 @@ def main(argv=None):
     if unfinished:
         images, test_images = (split.to(device) for split in load_images(args.data))
         make_folder(args.out)
-        n_images = f"{len(images):,} images"
-        print(f"{len(unfinished)} of {len(runs)} SAEs to do on {n_images}, {device}, in {args.out}")
-        origin = {"model_name": args.data, "hook_name": "pixels"}
-        metadata = {**origin, "context_size": 1, "prepend_bos": False}
+        to_do = f"{len(unfinished)} of {len(runs)} SAEs to do"
+        print(f"{to_do} on {len(images):,} images, {device}, in {args.out}")
+        metadata = {
+            "model_name": args.data,
+            "hook_name": "pixels",
+            "context_size": 1,
+            "prepend_bos": False,
+        }
         try:
             train(unfinished, Rows(images, test_images, scale=1.0, metadata=metadata), device)
         except Diverged as error:  # the others are finished, so they are measured and compared
@@ -274,7 +281,7 @@ def draw_tiles(axis, tiles, columns, heading):
 
 @torch.no_grad()
 def plot_features(sae, mean_acts, n=49):
-    """The features with the largest shares of the ink, mean activation times norm: decoder rows."""
+    """A picture of the decoder rows of the n strongest features, by mean activation times norm."""
     strength = mean_acts * sae.W_dec.norm(dim=1)
     strongest = strength.argsort(descending=True)[:n]
     tiles = [Tile([sae.W_dec[i]], f"{strength[i]:.2f}") for i in strongest]
@@ -347,18 +354,24 @@ def parse(argv):
     add = parser.add_argument
     data = (
         "images: drawn digits (glyphs); MNIST, downloaded to data/ (mnist, the default); or MNIST "
+        "in a folder that has it in MNIST/raw, packed or not"
     )
-    data += "in a folder that has it in MNIST/raw, packed or not"
     add("--data", default="mnist", metavar="mnist|glyphs|DIR", help=data)
     add("--epochs", type=at_least(1), default=epochs, help=f"passes over them (default {epochs})")
     out = f"where run folders go (default runs/{name})"
     add("--out", type=Path, default=f"runs/{name}", metavar="DIR", help=out)
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
-    computed = ("d_in", "biases", "steps", "length", "data", "model", "layer", "context")
-    parser.add_settings(computed, **settings, dead_after=5 * n_train)
+    # No flags of these: `complete` computes them, or they are of language models alone.
+    no_flags = ("d_in", "biases", "steps", "length", "data", "model", "layer", "context")
+    parser.add_settings(no_flags, **settings, dead_after=5 * n_train)  # five passes without firing
     args = parser.parse_args(argv)
 
     def complete(chosen, args):
+        """The settings that follow from others.
+
+        `sweep` calls it for each SAE, and for the one that has all flags at their defaults. Nothing
+        has checked the settings yet, so batch_size may be 0.
+        """
         return {
             "d_in": 28 * 28,
             "biases": chosen["tied_init"],
