@@ -909,19 +909,55 @@ def check_lengths(setup, settings):
             raise UserError(f"--new-tokens {settings.new_tokens}: {way_out}")
 
 
-def texts_of_before(path, settings):
-    """{feature: its texts} of a steering.json that was made with the same settings, else {}.
+def read_earlier(path, settings):
+    """The steering.json of an earlier command with the same settings; where none is, an empty one.
 
-    So a command that broke off while judges rated, or is repeated for more features, does not write
-    again what is there.
+    So a command that was interrupted, or is repeated for more features, does not write again what
+    is there, and what was rated stays rated.
     """
-    texts = {}
     if path.exists():
         found = read_json(path)
         if found.get("settings") == settings:
-            for row in found["rows"]:
-                texts.setdefault(row["feature"], []).append(Text(**{**row, "ratings": {}}))
-    return texts
+            return found
+    return {"settings": settings, "judging": None, "rows": []}
+
+
+def explain(texts, explanations):
+    """Enter what autointerp.json, {feature: row}, says of the features of texts.
+
+    A rating is about an explanation: where that is another one now, the text's ratings go. Texts of
+    a feature that is no longer in the file keep the explanation by which they were rated.
+    """
+    n_changed = 0
+    for text in texts:
+        row = explanations.get(text.feature)
+        if row is None:
+            continue
+        if text.ratings and text.explanation != row["explanation"]:
+            text.ratings = {}
+            n_changed += 1
+        text.explanation, text.autointerp_score = row["explanation"], row["score"]
+    if n_changed:
+        print(
+            f"note: {n_changed} texts have another explanation now: their old ratings are dropped"
+        )
+
+
+def write_steering(path, content, texts, features):
+    """Write steering.json: `content`, and the texts of `features` apart from those of others.
+
+    One of other settings, which stands in its place, is renamed first.
+    """
+    if path.exists() and read_json(path).get("settings") != content["settings"]:
+        number = 1
+        while path.with_name(f"steering_{number}.json").exists():
+            number += 1
+        kept = path.rename(path.with_name(f"steering_{number}.json"))
+        tqdm.write(f"note: {path} was of other settings: it is kept as {kept.name}")
+    texts = sorted(texts, key=lambda text: text.feature)
+    rows = [asdict(text) for text in texts if text.feature in features]
+    others = [asdict(text) for text in texts if text.feature not in features]
+    write_json(path, {**content, "rows": rows, "other_rows": others})
 
 
 def open_judges(args, cache):
@@ -938,8 +974,9 @@ def open_judges(args, cache):
 def steer_and_rate(job, label, settings, args, device):
     """Write, measure and rate the texts of a run: its Result, and steering.json. Raises UserError.
 
-    steering.json: {"settings": what decides the texts, "judging", "rows": of Text, "summary": of
-    `summarise`}.
+    steering.json: {"settings": what decides the texts, "judging": how judges were last asked,
+    "summary": of `summarise`, "rows": of Text, "other_rows": of features that are in the file from
+    an earlier command and do not count in this one's summary}.
     """
     folder = job.run.folder
     path = folder / "steering.json"
@@ -947,26 +984,35 @@ def steer_and_rate(job, label, settings, args, device):
     check_lengths(setup, settings)
     sae_name = evaluate.fingerprint(folder)
     made_with = {**asdict(settings), "rms": setup.rms, "model": job.run.model, "sae": sae_name}
-    before = texts_of_before(path, made_with)
-    missing = [feature for feature in job.features if feature not in before]
+    earlier = read_earlier(path, made_with)
+    texts = [Text(**row) for row in earlier["rows"] + earlier.get("other_rows", [])]
+    explain(texts, job.explanations)
+    content = {"settings": made_with, "judging": earlier["judging"]}
+
+    there = {text.feature for text in texts}
+    missing = [feature for feature in job.features if feature not in there]
     total = len(missing) * len(settings.prompts)
     with tqdm(total=total, desc=f"steering {folder.name}", unit="prompt") as progress:
-        texts = steer_run(setup, missing, settings, args.batch_size, progress)
-    for feature in job.features:
-        texts += before.get(feature, [])
-    texts.sort(key=lambda text: text.feature)
-    for text in texts:
-        row = job.explanations.get(text.feature, {})
-        text.explanation, text.autointerp_score = row.get("explanation"), row.get("score")
-    content = {"settings": made_with, "judging": None, "rows": [asdict(text) for text in texts]}
-    write_json(path, content)  # should a judge break off, this is not lost
+        for start in range(0, len(missing), args.batch_size):
+            batch = missing[start : start + args.batch_size]
+            written = steer_run(setup, batch, settings, args.batch_size, progress)
+            explain(written, job.explanations)
+            texts += written
+            # Should the command be interrupted from here on, or a judge fail, this is not lost.
+            write_steering(path, content, texts, job.features)
+
+    chosen = [text for text in texts if text.feature in job.features]
+    chosen.sort(key=lambda text: text.feature)
     judges = open_judges(args, folder / "answers.jsonl")
-    rate(texts, judges, settings.seed, args.fixed_order, args.concurrency)
+    rate(chosen, judges, settings.seed, args.fixed_order, args.concurrency)
     if judges:
         content["judging"] = {"options": args.judge_options, "fixed_order": args.fixed_order}
-    summary = summarise(texts)
-    write_json(path, {**content, "rows": [asdict(text) for text in texts], "summary": summary})
-    return Result(label, texts, summary)
+        others = {name for text in chosen for name in text.ratings} - set(args.judge)
+        if others:
+            print(f"note: ratings by {', '.join(sorted(others))} are there from before, and count")
+    content["summary"] = summarise(chosen)
+    write_steering(path, content, texts, job.features)
+    return Result(label, chosen, content["summary"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1034,7 +1080,7 @@ def main(argv=None):
     jobs = [prepare(folder, args) for folder in evaluate.find_runs(args.runs)]
     out = make_folder(args.out)
     if not args.judge:
-        print("no --judge: this measures what needs none")
+        print("no --judge: this measures what needs none, and ratings of before stay")
     elif not all(job.explanations for job in jobs):
         print("note: only runs with explanations (evaluate.py autointerp) can be rated")
     configs = [evaluate.read_config(job.run.folder, job.sae) for job in jobs]

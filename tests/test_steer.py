@@ -782,12 +782,13 @@ def result_of(folder):
     return json.loads((folder / "steering.json").read_text())
 
 
-def explain(folder, features, scores=None):
+def explain(folder, features, scores=None, words=None):
     """An autointerp.json, as evaluate.py writes it."""
     rows = []
     for number, feature in enumerate(features):
         score = 1.0 if scores is None else scores[number]
-        rows.append({"feature": feature, "explanation": f"word{feature}", "score": score})
+        word = f"word{feature}" if words is None else words[number]
+        rows.append({"feature": feature, "explanation": word, "score": score})
     content = {"sae": evaluate.fingerprint(folder), "features": rows}
     (folder / "autointerp.json").write_text(json.dumps(content))
 
@@ -862,8 +863,13 @@ def test_texts_of_the_same_settings_are_not_written_again(runs, tmp_path, monkey
     first = result_of(runs[0])
     command(runs[:1], tmp_path / "report", "--features", 5, 9, 3)
     command(runs[:1], tmp_path / "report", "--features", 3, 5)
-    assert written == [[3, 5], [9], []]
-    assert result_of(runs[0]) == first
+    assert written == [[3, 5], [9]]
+    again = result_of(runs[0])
+    assert {row["feature"] for row in again.pop("other_rows")} == {9}, "nobody throws them away"
+    assert first.pop("other_rows") == []
+    assert again == first
+    command(runs[:1], tmp_path / "report", "--features", 9)
+    assert written == [[3, 5], [9]]
     for changed in (["--temperature", 0.5], ["--strength", 4], ["--seed", 1]):
         command(runs[:1], tmp_path / "report", "--features", 3, 5, *changed)
         assert written[-1] == [3, 5]
@@ -873,6 +879,71 @@ def test_texts_of_the_same_settings_are_not_written_again(runs, tmp_path, monkey
     sae.save(runs[0], sae.metadata)
     command(runs[:1], tmp_path / "report", "--features", 3, 5, *changed)
     assert written[-1] == [3, 5], "another SAE has other texts"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_command_goes_on_after_the_texts_that_are_finished(
+    runs, tmp_path, monkeypatch
+):
+    flags = ("--features", 3, 5, 9, "--batch-size", 1)
+    command(runs[:1], tmp_path / "report", *flags)
+    whole = (runs[0] / "steering.json").read_text()
+    (runs[0] / "steering.json").unlink()
+    written = []
+    steer_run = steer.steer_run
+
+    def interrupt(setup, features, *others):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(features)
+        return steer_run(setup, features, *others)
+
+    monkeypatch.setattr(steer, "steer_run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command(runs[:1], tmp_path / "report", *flags)
+    assert {row["feature"] for row in result_of(runs[0])["rows"]} == {3, 5}
+    written.clear()
+    command(runs[:1], tmp_path / "report", *flags)
+    assert written == [[9]]
+    assert (runs[0] / "steering.json").read_text() == whole
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_texts_of_other_settings_are_kept_in_another_file(runs, tmp_path):
+    files = []
+    for strength in (1, 2, 3):
+        command(runs[:1], tmp_path / "report", "--features", 3, "--strength", strength)
+        files.append((runs[0] / "steering.json").read_text())
+    assert [(runs[0] / f"steering_{n}.json").read_text() for n in (1, 2)] == files[:2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_ratings_stay_until_the_same_judge_rates_again_or_the_explanation_is_another(
+    runs, chat, tmp_path, capsys
+):
+    def ratings():
+        rows = [row for row in result_of(runs[0])["rows"] if row["kind"] != "original"]
+        return {row["feature"]: row["ratings"] for row in rows}
+
+    features = ("--features", 3, 5, "--base-url", chat.url)
+    explain(runs[0], [3, 5])
+    chat.answer = lambda prompt: "ANSWER: 3"
+    command(runs[:1], tmp_path / "report", *features, "--judge", "one", "--fixed-order")
+    judged = result_of(runs[0])
+    command(runs[:1], tmp_path / "report", *features)
+    assert result_of(runs[0]) == judged, "as to draw the pictures anew"
+    command(runs[:1], tmp_path / "report", *features, "--judge", "two")
+    assert ratings() == {3: {"one": 3, "two": 3}, 5: {"one": 3, "two": 3}}
+    assert "ratings by one are there from before" in capsys.readouterr().out
+    command(runs[:1], tmp_path / "report", "--features", 3)
+    (runs[0] / "autointerp.json").unlink()
+    command(runs[:1], tmp_path / "report", *features)
+    assert set(ratings()) == {3, 5}
+    assert all(ratings().values()), "nothing says that they are wrong"
+    explain(runs[0], [3, 5], words=["word3", "another"])
+    command(runs[:1], tmp_path / "report", *features)
+    assert ratings() == {3: {"one": 3, "two": 3}, 5: {}}
+    assert "6 texts have another explanation" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -889,6 +960,9 @@ def test_a_judge_that_breaks_off_loses_no_text(runs, chat, tmp_path, refusal):
     again = result_of(runs[0])
     assert [row["text"] for row in again["rows"]] == [row["text"] for row in rows]
     assert again["summary"][0]["success"]["n"] == 6
+    chat.faults = [(401, {}, "who are you?")] * 100
+    assert "401" in refusal(steer.main, [*line, "--judge", "another"])
+    assert result_of(runs[0]) == again, "and no rating"
 
 
 def test_two_judges_rate_and_agree(runs, chat, tmp_path, capsys):
