@@ -620,12 +620,18 @@ def open_rows_source(data):
 
 
 def share_of(runs):
-    """Those of the runs that this process trains: torchrun says in the environment which of how
-    many it is. They share nothing but the files that are downloaded. Raises UserError."""
+    """Those of the runs that this process trains. Raises UserError.
+
+    torchrun puts the number of the process, and how many there are, into the environment. They
+    share nothing but the files that are downloaded.
+    """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= rank < ranks:
         raise UserError(f"RANK {rank} of WORLD_SIZE {ranks} is set, not as by torchrun: unset both")
-    return dict(list(runs.items())[rank::ranks])
+    share = dict(list(runs.items())[rank::ranks])
+    if ranks > 1:  # schedulers set both as well, where there is no other process to do the rest
+        print(f"RANK is {rank} and WORLD_SIZE {ranks}: {len(share)} of {len(runs)} SAEs are ours")
+    return share
 
 
 # ==================================================================================================

@@ -676,7 +676,7 @@ def test_interrupted_and_repeated_ends_with_the_same_weights(model_folder, token
 
 
 def test_ranks_divide_the_sweep_and_their_union_equals_one_process(
-    model_folder, tokens_file, tmp_path, monkeypatch
+    model_folder, tokens_file, tmp_path, monkeypatch, capsys
 ):
     grid = ["--l2", "0", "1e-4", "--seed", "0", "1", "2"]
     train_pythia.main(line(model_folder, tokens_file, tmp_path / "one", *grid))
@@ -699,6 +699,7 @@ def test_a_rank_without_its_number_of_processes_is_refused(
     assert "unset" in refusal(train_pythia.main, line(model_folder, tokens_file, tmp_path))
 
 
+        assert f"RANK is {rank} and WORLD_SIZE 2: 3 of 6 SAEs" in capsys.readouterr().out
 def test_each_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch, model_folder, tokens_file, tmp_path):
     asked = []
 
