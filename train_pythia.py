@@ -599,6 +599,8 @@ def open_text_source(args, device):
     # One filling of whole contexts does for a short run
     buffer_size = min(BUFFER, n_tokens + args.context)
     enough = max(min(BUFFER, int(args.tokens)), args.context)
+    if args.data != "pile" and not Path(args.data).is_file():  # known before a model is loaded
+        raise UserError(f"--data {args.data}: there is no such file: {FORMATS}")
     if len(train_tokens) < enough:
         has = f"{len(train_tokens):,} tokens to train on"
         raise UserError(f"--data {args.data}: {has}, give at least {enough:,} or lower --tokens")
@@ -828,7 +830,7 @@ def end_tokens(model, tokenizer):
 def is_rows(data):
     """Whether --data names a file of activations, rather than text or token ids.
 
-    Raises UserError where there is no such file, or where it cannot be read.
+    Raises UserError where a .npy cannot be read.
     """
     path = Path(data)
     if path.suffix != ".npy":
@@ -936,7 +938,16 @@ def parse(argv):
         numbers = f"--tokens {args.tokens:g} --batch-size {args.batch_size}"
         parser.error(f"{numbers}: give at least one batch of tokens")
     rows = is_rows(args.data)
-    d_in = read_rows(args.data).shape[1] if rows else check_model(args)
+    if rows:
+        d_in = read_rows(args.data).shape[1]
+        # A flag that says what is the default anyway cannot be told from one that is not there.
+        for name in ("model", "layer", "context"):
+            value = getattr(args, name)
+            if value != STUDY[name]:
+                idle = "no language model reads the activations in --data: leave this out"
+                parser.error(f"--{name} {value}: {idle}")
+    else:
+        d_in = check_model(args)
 
     def complete(settings, args):
         """The settings that follow from others."""

@@ -788,7 +788,6 @@ def test_one_dimension_of_integers_is_token_ids(tokens_file, tmp_path):
     ("name", "content", "message"),
     [
         ("a.npy", np.zeros((9, 4), int), "not one tensor"),
-        ("a.npy", np.zeros(9), "no token ids"),
         ("a.npy", np.zeros((3, 9, 4)), "not one tensor"),
         ("a.npy", np.full((9, 4), np.nan), "finite"),
         ("a.npy", np.ones((1, 4)), "too few"),
@@ -798,17 +797,21 @@ def test_one_dimension_of_integers_is_token_ids(tokens_file, tmp_path):
         ("a.pt", None, "cannot be read"),
     ],
 )
-def test_activations_that_cannot_be_used_are_refused(
-    name, content, message, tmp_path, model_folder
-):
+def test_activations_that_cannot_be_used_are_refused(name, content, message, tmp_path):
     path = tmp_path / name
     if isinstance(content, np.ndarray):
         np.save(path, content)
     elif content is not None:
         torch.save(content, path)
-    flags = line(model_folder, path, tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        train_pythia.main(flags)
+        train_pythia.main(row_flags(path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("flag", [("--model", "nonsense"), ("--layer", 7), ("--context", 64)])
+def test_a_flag_of_language_models_is_refused_beside_activations(flag, acts, tmp_path, refusal):
+    said = refusal(train_pythia.main, row_flags(tmp_path / "acts.npy", tmp_path / "out", *flag))
+    name, value = flag
+    assert f"{name} {value}: no language model reads" in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -963,7 +966,6 @@ def test_half_a_character_belongs_to_the_token_that_completes_it():
         ("a.bin", np.full(2000, 97, np.uint16), "token id 97"),
         ("a.npy", np.full(2000, -1), "token id -1"),
         ("a.pdf", b"%PDF", "unknown kind"),
-        ("nothing.txt", None, "cannot be read"),
     ],
 )
 def test_data_that_cannot_be_read_is_refused(name, content, message, model_folder, tmp_path):
@@ -976,6 +978,7 @@ def test_data_that_cannot_be_read_is_refused(name, content, message, model_folde
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         train_pythia.main(line(model_folder, path, tmp_path / "out"))
+        ("a.npy", np.zeros(9), "no token ids"),
     assert str(error.value).startswith(f"--data {path}: ")
     assert not (tmp_path / "out").exists()
 
@@ -992,6 +995,16 @@ def test_ids_of_a_large_vocabulary_are_not_read_as_uint16(tokens_file):
     )
     with pytest.raises(UserError, match=r"do not fit into uint16.*npy"):
         read_tokens(tokens_file, None, model)
+
+
+def test_a_file_that_is_not_there_is_named_before_a_model_is_loaded(
+    model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_pythia, "load_model", None)
+    for name in ("a.txt", "a.jsonl", "a.bin", "no-suffix"):
+        with pytest.raises(UserError, match=f"^--data .*{name}: there is no such file: "):
+            train_pythia.main(line(model_folder, tmp_path / name, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
