@@ -657,7 +657,7 @@ def one_line(subject, way_out):
     there, in so many ways that libraries raise nearly every kind of exception."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):  # of memory run_command knows more
         raise
     except Exception as error:
         message = f"{subject}: cannot be read ({first_line(error)}): {way_out}"
@@ -681,7 +681,7 @@ def open_tokens(run, n_tokens, tokenizer, model):
             way_out = "give --data FILE, such as a .txt"
             raise UserError(f"--data pile: has tokens of Pythia's, not of {run.model}: {way_out}")
         path = fetch(PILE + PILE_FILE, CACHE / PILE_FILE, 2 * (HELD_OUT + n_tokens))
-        tokens = np.memmap(path, np.uint16, "r")[: HELD_OUT + n_tokens]
+        tokens = np.memmap(path, np.uint16, "r", shape=(HELD_OUT + n_tokens,))
         check_ids(tokens, run.data, model)
         return tokens[HELD_OUT:], tokens[:HELD_OUT]
     tokens = read_tokens(run.data, tokenizer, model)

@@ -261,6 +261,18 @@ def test_a_model_of_one_block_is_told_by_what_follows_it():
     assert final_norm(model) is model.gpt_neox.final_layer_norm
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_cannot_be_read(
+    error, model_folder, monkeypatch
+):
+    def fail(model):
+        raise error
+
+    monkeypatch.setattr(train_pythia, "anatomy", fail)
+    with pytest.raises(error):
+        load_model(model_folder, CPU)
+
+
 def test_what_stands_between_norm_and_unembedding_unseen_is_refused():
     model = tiny_model()
 
@@ -1146,6 +1158,17 @@ def test_the_pile_is_fetched_by_range_and_cut_to_what_is_asked_for(
 
 def test_the_pile_is_refused_to_a_model_with_other_tokens(model_folder, tmp_path):
     with pytest.raises(UserError, match="tokens of Pythia's"):
+def test_a_download_that_broke_off_within_a_token_is_read_where_it_suffices(
+    pile, tokenizer, model_folder, tmp_path
+):
+    path = train_pythia.CACHE / train_pythia.PILE_FILE
+    path.parent.mkdir()
+    path.write_bytes(pile.tobytes()[:9001])
+    args, _ = parse(line(model_folder, "pile", tmp_path))
+    train, _ = open_tokens(args, 3000, tokenizer, tiny_model())
+    assert train.tolist() == pile[500:3500].tolist()
+
+
         train_pythia.main(line(model_folder, "pile", tmp_path))
 
 
