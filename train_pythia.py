@@ -492,6 +492,9 @@ def read_run(folder):
     else:
         origin = SAE.load(folder).metadata  # by the same names, whichever library wrote it
         model, hook = origin.get("model_name"), origin.get("hook_name")
+        if hp["data"]:
+            none = "there is no language model to measure it with"
+            raise UserError(f"{folder}: trained on {hp['data']}, so {none}")
         context = origin.get("context_size")
         named = isinstance(model, str) and isinstance(hook, str)
         if named and type(context) is int and context > 1:
@@ -561,10 +564,11 @@ def open_run(run, device, data=None, n_trained=0):
 def cut_contexts(tokens, n_tokens, length, device):
     """The first n_tokens of a flat array as a list of batches of contexts [B, length], on the
     device. Raises UserError where they are fewer than one context."""
-    n_contexts = min(int(n_tokens), len(tokens)) // length
+    n_tokens = min(int(n_tokens), len(tokens))
+    n_contexts = n_tokens // length
     if n_contexts < 1:
-        n_tokens = min(int(n_tokens), len(tokens))
-        raise UserError(f"--tokens: {n_tokens} are fewer than one context of {length}: give more")
+        few = f"{n_tokens} tokens are fewer than one context of {length}"
+        raise UserError(f"{few}: give more --tokens, or --data with more text")
     contexts = torch.from_numpy(tokens[: n_contexts * length].astype(np.int64)).view(-1, length)
     return list(contexts.to(device).split(max(1, EVALUATED // length)))
 
