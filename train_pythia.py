@@ -400,7 +400,10 @@ class Activations:
             self.buffer[count : count + len(new)] = new
             count += len(new)
         if self.scale is None:
-            self.scale = self.buffer[:count].float().square().sum(1).mean().sqrt().item()
+            # In parts, since float32 copies of the whole would take several times its memory.
+            parts = self.buffer[:count].split(8192)
+            squared_norms = torch.cat([part.float().square().sum(1) for part in parts])
+            self.scale = squared_norms.mean().sqrt().item()
         order = torch.randperm(count, generator=self.generator("shuffle", self.filling))
         return order.to(self.model.device)
 
