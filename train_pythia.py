@@ -492,12 +492,12 @@ def read_run(folder):
             # A fork may read another place, which is no setting but stands in the SAE's file.
             block_of_hook(folder, str(SAE.load(folder).metadata.get("hook_name")))
             return Run(folder, hp["model"], hp["layer"], hp["context"], hp["data"], hp["dtype"])
-    else:
-        origin = SAE.load(folder).metadata  # by the same names, whichever library wrote it
-        model, hook = origin.get("model_name"), origin.get("hook_name")
         if hp["data"]:
             none = "there is no language model to measure it with"
             raise UserError(f"{folder}: trained on {hp['data']}, so {none}")
+    else:
+        origin = SAE.load(folder).metadata  # by the same names, whichever library wrote it
+        model, hook = origin.get("model_name"), origin.get("hook_name")
         context = origin.get("context_size")
         named = isinstance(model, str) and isinstance(hook, str)
         if named and type(context) is int and context > 1:
@@ -599,6 +599,8 @@ def main(argv=None):
 
 def open_text_source(args, device):
     """The activations of the language model of a command line on its text. Raises UserError."""
+    if args.data != "pile" and not Path(args.data).is_file():  # known before a model is loaded
+        raise UserError(f"--data {args.data}: there is no such file: {FORMATS}")
     model, tokenizer = load_model(args.model, device, use_bfloat16(args.dtype, device))
     # A little more than asked for, since some activations are dropped
     n_tokens = int(args.tokens * 1.01)
@@ -606,8 +608,6 @@ def open_text_source(args, device):
     # One filling of whole contexts does for a short run
     buffer_size = min(BUFFER, n_tokens + args.context)
     enough = max(min(BUFFER, int(args.tokens)), args.context)
-    if args.data != "pile" and not Path(args.data).is_file():  # known before a model is loaded
-        raise UserError(f"--data {args.data}: there is no such file: {FORMATS}")
     if len(train_tokens) < enough:
         has = f"{len(train_tokens):,} tokens to train on"
         raise UserError(f"--data {args.data}: {has}, give at least {enough:,} or lower --tokens")

@@ -550,6 +550,8 @@ def test_contexts_are_cut_one_after_the_other_and_the_rest_is_left():
     assert torch.cat(cut).flatten().tolist() == list(range(70))
     with pytest.raises(UserError, match=r"^9 tokens are fewer than one context of 10: "):
         cut_contexts(tokens, 9, 10, CPU)
+    with pytest.raises(UserError, match=r"^0 tokens are .*--data with more text"):
+        cut_contexts(tokens[:0], 500, 10, CPU)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,6 +699,7 @@ def test_ranks_divide_the_sweep_and_their_union_equals_one_process(
         monkeypatch.setenv("RANK", str(rank))
         train_pythia.main(line(model_folder, tokens_file, tmp_path / "two", *grid))
         assert len(run_folders(tmp_path / "two")) == 3 * (rank + 1)
+        assert f"RANK is {rank} and WORLD_SIZE 2: 3 of 6 SAEs" in capsys.readouterr().out
     one, two = run_folders(tmp_path / "one"), run_folders(tmp_path / "two")
     assert set(one) == set(two)
     assert len(one) == 6
@@ -711,7 +714,6 @@ def test_a_rank_without_its_number_of_processes_is_refused(
     assert "unset" in refusal(train_pythia.main, line(model_folder, tokens_file, tmp_path))
 
 
-        assert f"RANK is {rank} and WORLD_SIZE 2: 3 of 6 SAEs" in capsys.readouterr().out
 def test_each_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch, model_folder, tokens_file, tmp_path):
     asked = []
 
@@ -977,6 +979,7 @@ def test_half_a_character_belongs_to_the_token_that_completes_it():
         ("a.bin", np.full(500, 5, np.uint16), "452 tokens to train on, give at least 1,000"),
         ("a.bin", np.full(2000, 97, np.uint16), "token id 97"),
         ("a.npy", np.full(2000, -1), "token id -1"),
+        ("a.npy", np.zeros(9), "no token ids"),
         ("a.pdf", b"%PDF", "unknown kind"),
     ],
 )
@@ -990,8 +993,17 @@ def test_data_that_cannot_be_read_is_refused(name, content, message, model_folde
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         train_pythia.main(line(model_folder, path, tmp_path / "out"))
-        ("a.npy", np.zeros(9), "no token ids"),
     assert str(error.value).startswith(f"--data {path}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there_is_named_before_a_model_is_loaded(
+    model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_pythia, "load_model", None)
+    for name in ("a.txt", "a.jsonl", "a.bin", "no-suffix"):
+        with pytest.raises(UserError, match=f"^--data .*{name}: there is no such file: "):
+            train_pythia.main(line(model_folder, tmp_path / name, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -1007,16 +1019,6 @@ def test_ids_of_a_large_vocabulary_are_not_read_as_uint16(tokens_file):
     )
     with pytest.raises(UserError, match=r"do not fit into uint16.*npy"):
         read_tokens(tokens_file, None, model)
-
-
-def test_a_file_that_is_not_there_is_named_before_a_model_is_loaded(
-    model_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train_pythia, "load_model", None)
-    for name in ("a.txt", "a.jsonl", "a.bin", "no-suffix"):
-        with pytest.raises(UserError, match=f"^--data .*{name}: there is no such file: "):
-            train_pythia.main(line(model_folder, tmp_path / name, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -1156,8 +1158,6 @@ def test_the_pile_is_fetched_by_range_and_cut_to_what_is_asked_for(
     assert len(handler.seen) == n_requests
 
 
-def test_the_pile_is_refused_to_a_model_with_other_tokens(model_folder, tmp_path):
-    with pytest.raises(UserError, match="tokens of Pythia's"):
 def test_a_download_that_broke_off_within_a_token_is_read_where_it_suffices(
     pile, tokenizer, model_folder, tmp_path
 ):
@@ -1169,6 +1169,8 @@ def test_a_download_that_broke_off_within_a_token_is_read_where_it_suffices(
     assert train.tolist() == pile[500:3500].tolist()
 
 
+def test_the_pile_is_refused_to_a_model_with_other_tokens(model_folder, tmp_path):
+    with pytest.raises(UserError, match="tokens of Pythia's"):
         train_pythia.main(line(model_folder, "pile", tmp_path))
 
 
