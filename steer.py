@@ -108,6 +108,7 @@ class Text:
     ratings: dict = field(default_factory=dict)  # {judge: 1 to 5, or None for no usable answer}
     explanation: str | None = None  # of the feature, as in autointerp.json
     autointerp_score: float | None = None
+    asked: bool = True  # whether autointerp.json has a row for the feature, explained or not
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,6 +391,17 @@ def success(text):
     return float(np.mean(ratings) >= SUCCESS) if ratings else None
 
 
+def success_of_all(text):
+    """Success, where a feature that could not be explained counts as a failure.
+
+    None for a feature that nobody was asked to explain, and for a text with an explanation but
+    without a usable rating.
+    """
+    if text.explanation:
+        return success(text)
+    return 0.0 if text.asked else None
+
+
 def echoes(text):
     """Whether the model, reading the text, sees more of the feature than in the original."""
     return float(text.echo > 0)
@@ -428,6 +440,14 @@ def beside_control(texts, outcome):
     return np.array(pairs).reshape(-1, 2)
 
 
+def resampled_means(values, generator):
+    """Means of bootstrap samples of values [features, ...]: [RESAMPLES, ...]."""
+    means = []
+    for _ in range(RESAMPLES):
+        means.append(values[generator.integers(len(values), size=len(values))].mean(0))
+    return np.array(means)
+
+
 def with_interval(values):
     """The first of values, a figure, and the middle 95% of the others, its resampled values.
 
@@ -452,10 +472,7 @@ def rates_by_feature(texts, outcome):
     pairs = beside_control(texts, outcome)
     if len(pairs) == 0:
         return None
-    generator = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES):
-        means.append(pairs[generator.integers(len(pairs), size=len(pairs))].mean(0))
+    means = resampled_means(pairs, np.random.default_rng(0))
     steered, control = np.array([pairs.mean(0), *means]).T  # the figures, and then resampled
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = steered / control
@@ -480,6 +497,28 @@ def permutation_test(a, b):
     options = {"n_resamples": RESAMPLES, "batch": 1000, "random_state": np.random.default_rng(0)}
     found = stats.permutation_test((a, b), mean_difference, vectorized=True, **options)
     return float(found.pvalue)
+
+
+def compare_by_feature(a, b, outcome):
+    """Do the steered texts of two SAEs differ in the mean outcome of their features?
+
+    rates, features: the mean of each SAE, and over how many features; ratio: that of b by that of
+    a, {"value", "interval"}, with a bootstrap interval for which features of both are resampled,
+    independently; permutation_p: see permutation_test.
+    """
+    means_a, means_b = (
+        np.array(list(by_feature(texts, "steered", outcome).values())) for texts in (a, b)
+    )
+    generator = np.random.default_rng(0)
+    some_a, some_b = (resampled_means(means, generator) for means in (means_a, means_b))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.array([means_b.mean(), *some_b]) / np.array([means_a.mean(), *some_a])
+    return {
+        "rates": [float(means_a.mean()), float(means_b.mean())],
+        "features": [len(means_a), len(means_b)],
+        "ratio": with_interval(ratio),
+        "permutation_p": permutation_test(means_a, means_b),
+    }
 
 
 def line_through(x, y):
@@ -554,18 +593,27 @@ def chi_squared(a, b):
 
 
 def compare(a, b, outcome):
-    """Do two settings differ? a and b are their texts of one strength. None without outcomes.
+    """Do two SAEs differ? a and b are the texts of each at one strength. None without outcomes.
 
-    rates, n: of the steered texts of both; chi_squared: of texts, as in the study;
-    permutation_p: of the means of features; over_control: the same for what each feature achieves
-    beyond its random direction, since those, too, may succeed more often in one setting;
-    correlations: of auto-interp scores with the outcome, in both; differ, differ_by_feature:
-    whether these differ, over texts and over features.
+    An SAE stands for its setting only as far as its seed does: see by_feature.
+
+    rates, n               of the steered texts of both
+    chi_squared            of these texts, as in the study, which takes them for independent
+    features, ratio, permutation_p
+                           of the means of features: see compare_by_feature
+    of_all                 for success, the same and "rates" where features without an explanation
+                           count as failures; else None
+    over_control           the means of each feature's steered rate minus its control's, and their
+                           permutation_p, since random directions, too, may succeed more often in
+                           one SAE than in the other
+    correlations           of auto-interp scores with the outcome, in both
+    differ, differ_by_feature
+                           whether these correlations differ, over texts and over features
     """
     values_a, values_b = (outcomes(texts, "steered", outcome) for texts in (a, b))
     if not values_a or not values_b:
         return None
-    means_a, means_b = (by_feature(texts, "steered", outcome) for texts in (a, b))
+    found = compare_by_feature(a, b, outcome)
     pairs_a, pairs_b = beside_control(a, outcome), beside_control(b, outcome)
     over_control = None
     if len(pairs_a) and len(pairs_b):
@@ -583,7 +631,10 @@ def compare(a, b, outcome):
         "rates": [float(np.mean(values_a)), float(np.mean(values_b))],
         "n": [len(values_a), len(values_b)],
         "chi_squared": chi_squared(values_a, values_b),
-        "permutation_p": permutation_test(list(means_a.values()), list(means_b.values())),
+        "features": found["features"],
+        "ratio": found["ratio"],
+        "permutation_p": found["permutation_p"],
+        "of_all": compare_by_feature(a, b, success_of_all) if outcome is success else None,
         "over_control": over_control,
         "correlations": [first, second],
         "differ": differ,
@@ -615,12 +666,18 @@ def krippendorff_alpha(units):
 def summarise(texts):
     """The summary of steering.json: for each strength a dict.
 
-    texts, features, explained: how many steered texts, their features, and of those with an
-    explanation; success, echoes, and _control: rates over texts, with Wilson intervals;
-    success_of_all: where features without an explanation count as failures; success_by_feature,
-    echoes_by_feature: see rates_by_feature; echo, promoted, and _control: means over texts;
-    perplexity, and _control, _original: medians; autointerp_correlation: of scores with success, or
-    with echoes where nothing was rated; krippendorff_alpha: agreement of several judges.
+    texts, features         how many steered texts, and of how many features
+    explained               how many of these features have an explanation
+    success, echoes         rates of steered texts, with Wilson intervals as if texts were
+                            independent
+    success_of_all          the same, where features without an explanation count as failures
+    echo, promoted          means over steered texts
+    perplexity              the median over steered texts
+    ..._control             the same of texts along random directions
+    perplexity_original     the median over texts that were not steered
+    ..._by_feature          of features: see rates_by_feature
+    autointerp_correlation  of scores with success, or with echoes where nothing was rated
+    krippendorff_alpha      the agreement of several judges
     """
     original_perplexity = [text.perplexity for text in texts if text.kind == "original"]
     entries = []
@@ -628,8 +685,8 @@ def summarise(texts):
         some = [text for text in texts if text.kind != "original" and text.strength == strength]
         steered = [text for text in some if text.kind == "steered"]
         control = [text for text in some if text.kind == "control"]
-        rated = outcomes(steered, "steered", success)
-        failures = [0.0 for text in steered if text.explanation is None]
+        rated = outcomes(some, "steered", success)
+        of_all = outcomes(some, "steered", success_of_all) if rated else []
         ratings = []  # of each text
         for text in some:
             ratings.append([rating for rating in text.ratings.values() if rating is not None])
@@ -639,11 +696,12 @@ def summarise(texts):
             "features": len({text.feature for text in steered}),
             "explained": len({text.feature for text in steered if text.explanation}),
             "success": rate_with_interval(rated),
-            "success_control": rate_with_interval(outcomes(control, "control", success)),
-            "success_of_all": rate_with_interval(rated + failures if rated else []),
+            "success_control": rate_with_interval(outcomes(some, "control", success)),
+            "success_of_all": rate_with_interval(of_all),
             "success_by_feature": rates_by_feature(some, success),
-            "echoes": rate_with_interval(outcomes(steered, "steered", echoes)),
-            "echoes_control": rate_with_interval(outcomes(control, "control", echoes)),
+            "success_of_all_by_feature": rates_by_feature(some, success_of_all) if rated else None,
+            "echoes": rate_with_interval(outcomes(some, "steered", echoes)),
+            "echoes_control": rate_with_interval(outcomes(some, "control", echoes)),
             "echoes_by_feature": rates_by_feature(some, echoes),
             "echo": float(np.mean([text.echo for text in steered])),
             "echo_control": float(np.mean([text.echo for text in control])),
@@ -783,17 +841,32 @@ def plot_scores(results, outcome):
 
 
 def sentence(comparison):
-    """What `compare` found, in a line."""
-    a, b = comparison["rates"]
-    parts = [f"{a:.3f} against {b:.3f}"]
-    if comparison["chi_squared"]:
-        parts.append(f"chi-squared p = {comparison['chi_squared']['p']:.2g}")
-    parts.append(f"by feature p = {comparison['permutation_p']:.2g}")
-    if comparison["over_control"]:
-        a, b = comparison["over_control"]["differences"]
-        p = comparison["over_control"]["permutation_p"]
-        parts.append(f"beyond random directions {a:.3f} against {b:.3f}, by feature p = {p:.2g}")
-    return ", ".join(parts)
+    """What `compare` found, a line for each pair of figures."""
+    over_texts, over_control = comparison["chi_squared"], comparison["over_control"]
+    of_all = comparison["of_all"]
+    lines = [rates_in_words("features with an explanation" if of_all else "features", comparison)]
+    if over_texts:
+        lines[0] += f", over texts (chi-squared) p = {over_texts['p']:.2g}"
+    if over_control:
+        a, b = over_control["differences"]
+        p = p_in_words(over_control["permutation_p"])
+        lines.append(f"beyond random directions: {a:.3f} against {b:.3f}{p}")
+    if of_all:
+        lines.append(rates_in_words("all features, no explanation being a failure", of_all))
+    return "\n".join(lines)
+
+
+def rates_in_words(what, found):
+    """The rates, their ratio and p that compare or compare_by_feature found, in words."""
+    a, b = found["rates"]
+    n_a, n_b = found["features"]
+    ratio, p = cell(found["ratio"]), p_in_words(found["permutation_p"])
+    return f"{what} ({n_a} and {n_b}): {a:.3f} against {b:.3f}, ratio {ratio}{p}"
+
+
+def p_in_words(p):
+    """The p of a permutation test in words; nothing where there was no test."""
+    return "" if p is None else f", over features p = {p:.2g}"
 
 
 def report(results, out):
@@ -816,7 +889,8 @@ def report(results, out):
                 continue
             head = {"runs": [a.label, b.label], "strength": strength, "outcome": outcome.__name__}
             comparisons.append({**head, **comparison})
-            print(f"{a.label} and {b.label}, strength {strength:g}: {sentence(comparison)}")
+            print(f"\n{a.label} and {b.label}, strength {strength:g}, {outcome.__name__}:")
+            print(sentence(comparison))
     summaries = {result.label: result.summary for result in results}
     write_json(out / "comparison.json", {"comparisons": comparisons, "runs": summaries})
     evaluate.save_figure(plot_rates(results, outcome), out / "rates.png")
@@ -985,7 +1059,11 @@ def steer_and_rate(job, label, settings, args, device):
     sae_name = evaluate.fingerprint(folder)
     made_with = {**asdict(settings), "rms": setup.rms, "model": job.run.model, "sae": sae_name}
     earlier = read_earlier(path, made_with)
-    texts = [Text(**row) for row in earlier["rows"] + earlier.get("other_rows", [])]
+    texts = []
+    for row in earlier["rows"] + earlier.get("other_rows", []):
+        # Older files do not say what was asked.
+        asked = row.get("asked", row["feature"] in job.explanations)
+        texts.append(Text(**{**row, "asked": asked}))
     explain(texts, job.explanations)
     content = {"settings": made_with, "judging": earlier["judging"]}
 
@@ -996,6 +1074,8 @@ def steer_and_rate(job, label, settings, args, device):
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             written = steer_run(setup, batch, settings, args.batch_size, progress)
+            for text in written:
+                text.asked = text.feature in job.explanations
             explain(written, job.explanations)
             texts += written
             # Should the command be interrupted from here on, or a judge fail, this is not lost.

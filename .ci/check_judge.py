@@ -27,11 +27,16 @@ def texts_of(setting):
     return texts
 
 
+def section_of_claim_3():
+    """What results.md says of the judge's ratings."""
+    page = (PAGES / "results.md").read_text()
+    return page[page.index("by a blind judge") : page.index("## Claim 4")]
+
+
 def row_of_claim_3(setting):
     """The numbers in the row of the judge's table on results.md."""
-    page = (PAGES / "results.md").read_text()
-    section = page[page.index("by a blind judge") : page.index("## Claim 4")]
-    line = next(line for line in section.splitlines() if line.startswith(f"| {ROWS[setting]} |"))
+    lines = section_of_claim_3().splitlines()
+    line = next(line for line in lines if line.startswith(f"| {ROWS[setting]} |"))
     return [float(number) for number in re.findall(r"\d+\.?\d*", line)]
 
 
@@ -48,6 +53,25 @@ def test_the_table_of_claim_3_is_what_the_answers_say(setting):
     assert len(shown) == len(found)
     for value, number, places in zip(found, shown, digits):
         assert abs(value - number) <= 0.51 * 10**-places
+
+
+@pytest.mark.parametrize(("setting", "places"), [("l2", (3, 3, 2)), ("late", (5, 4, 2))])
+def test_the_p_values_of_claim_3_are_what_the_answers_say(setting, places):
+    found = steer.compare(texts_of("none"), texts_of(setting), steer.success)
+    section = section_of_claim_3()
+    assert f"of all 150, p = {found['of_all']['permutation_p']:.2f}" in section
+    values = [found["chi_squared"]["p"], found["permutation_p"]]
+    values.append(found["over_control"]["permutation_p"])
+    shown = re.findall(r"0\.\d+", section)
+    for p, digits in zip(values, places):
+        assert f"{p:.{digits}f}" in shown
+
+
+def test_the_ratios_of_success_with_and_without_the_penalty_are_those_on_the_page():
+    found = steer.compare(texts_of("none"), texts_of("l2"), steer.success)
+    for ratio in (found["ratio"], found["of_all"]["ratio"]):
+        low, high = ratio["interval"]
+        assert f"{ratio['value']:.1f} ({low:.1f} to {high:.1f})" in section_of_claim_3()
 
 
 def test_scores_do_not_predict_success():

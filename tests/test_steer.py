@@ -523,18 +523,22 @@ def test_the_order_has_nothing_to_do_with_the_draws_of_the_text():
 
 
 def test_features_without_an_explanation_are_not_rated_but_counted(chat, tmp_path):
-    texts, chat.answer = planted(10), word_judge
+    texts, chat.answer = planted(12), word_judge
     for text in texts:
-        if text.feature < 4:
+        if text.feature < 4 or text.feature >= 10:
             text.explanation, text.autointerp_score = None, None
+        text.asked = text.feature < 10
     steer.rate(texts, [judge_of(chat, tmp_path)], seed=0)
     (entry,) = steer.summarise(texts)
     successes = sum(holds_word(text) for text in texts)
     assert entry["success"]["rate"] == pytest.approx(successes / 18)
     assert entry["success_of_all"]["rate"] == pytest.approx(successes / 30)
     assert (entry["success"]["n"], entry["success_of_all"]["n"]) == (18, 30)
-    assert (entry["texts"], entry["features"], entry["explained"]) == (30, 10, 6)
+    assert (entry["texts"], entry["features"], entry["explained"]) == (36, 12, 6)
     assert entry["success_by_feature"]["features"] == 6
+    of_all = entry["success_of_all_by_feature"]
+    assert of_all["features"] == 10, "nobody was asked to explain the other two"
+    assert of_all["steered"]["value"] == pytest.approx(successes / 30)
 
 
 # --- compare
@@ -544,7 +548,7 @@ def rated(values, first=0, score=None, control=None):
     """Texts of features `first` and on, rated as `values`, a list of outcomes for each feature."""
     texts = []
     for number, outcomes in enumerate(values):
-        common = {"feature": first + number}
+        common = {"feature": first + number, "explanation": "a word"}
         if score is not None:
             common["autointerp_score"] = score[number]
         for value in outcomes:
@@ -643,6 +647,39 @@ def test_the_figures_that_the_study_printed_come_out():
     found = steer.lines_differ(first, second)["correlations"]
     assert found["z"] == pytest.approx(1.6, abs=0.05)
     assert found["p"] == pytest.approx(0.12, abs=0.005)
+
+
+def test_the_ratio_of_two_settings_has_the_interval_of_the_theory():
+    values = random_outcomes(300, 0.3, 1), random_outcomes(200, 0.5, 2)
+    found = steer.compare(*map(rated, values), steer.success)["ratio"]
+    a, b = (np.mean(some, 1) for some in values)
+    ratio = b.mean() / a.mean()
+    # To first order, with features of both sides drawn independently.
+    error = ratio * np.hypot(a.std() / 300**0.5 / a.mean(), b.std() / 200**0.5 / b.mean())
+    assert found["value"] == pytest.approx(ratio)
+    assert found["interval"] == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], rel=0.1)
+    never = steer.compare(rated([[0], [0]]), rated([[1], [0]]), steer.success)
+    assert never["ratio"]["value"] is None
+    json.dumps(never, allow_nan=False)
+
+
+def test_features_that_could_not_be_explained_are_failures_in_the_comparison_of_all():
+    a = rated(random_outcomes(60, 0.4, 1))
+    explained = random_outcomes(40, 0.8, 2)
+    b = rated(explained)
+    b += [text_of(feature) for feature in range(40, 60) for _ in range(3)]
+    b += [text_of(60, asked=False)]
+    result = steer.compare(a, b, steer.success)
+    assert (result["features"], result["of_all"]["features"]) == ([60, 40], [60, 60])
+    padded = steer.compare(a, rated([*explained, *[[0, 0, 0]] * 20]), steer.success)
+    for name in ("rates", "ratio", "permutation_p"):
+        assert result["of_all"][name] == padded[name] != result[name]
+    lines = steer.sentence(result).splitlines()
+    for line, found in ((lines[0], result), (lines[-1], result["of_all"])):
+        assert steer.cell(found["ratio"]) in line
+        assert f"over features p = {found['permutation_p']:.2g}" in line
+    assert "all features" in lines[-1]
+    assert steer.compare(a, b, steer.echoes)["of_all"] is None
 
 
 def test_texts_of_a_feature_do_not_count_as_independent():
@@ -866,6 +903,7 @@ def test_texts_of_the_same_settings_are_not_written_again(runs, tmp_path, monkey
     assert written == [[3, 5], [9]]
     again = result_of(runs[0])
     assert {row["feature"] for row in again.pop("other_rows")} == {9}, "nobody throws them away"
+    assert not any(row["asked"] for row in again["rows"]), "there is no autointerp.json"
     assert first.pop("other_rows") == []
     assert again == first
     command(runs[:1], tmp_path / "report", "--features", 9)
