@@ -64,6 +64,7 @@ from train_pythia import (
 )
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for all features
+STRENGTH = {"fixed": 5.0, "rms": 0.6, "preact": 5.0}  # by mode, as in the study
 SUCCESS = 4  # the mean rating from which a text counts as more related to the explanation
 RESAMPLES = 10_000  # of permutation tests and of bootstrap intervals
 
@@ -72,7 +73,7 @@ RESAMPLES = 10_000  # of permutation tests and of bootstrap intervals
 class Settings:
     """All that decides the texts of a feature; by default as in the study."""
 
-    strength: list = field(default_factory=lambda: [5.0])  # see steering_vectors
+    strength: list = field(default_factory=lambda: [STRENGTH["fixed"]])  # see steering_vectors
     mode: str = "fixed"  # what strength measures: "fixed", "rms" or "preact"
     prompts: list = field(default_factory=lambda: list(PROMPTS))
     new_tokens: int = 30
@@ -1109,7 +1110,8 @@ def parse(argv):
         metavar="RUN",
         help="folders of SAEs of language models, or of such folders",
     )
-    add("--strength", nargs="+", type=float, default=study.strength, help="of steering (default 5)")
+    strength = "of steering (default 5, with --mode rms 0.6)"
+    add("--strength", nargs="+", type=float, help=strength)
     add(
         "--mode",
         choices=("fixed", "rms", "preact"),
@@ -1140,14 +1142,15 @@ def parse(argv):
     add("--out", default="steering", metavar="DIR", help="for the comparison (default steering)")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    args.strength = list(dict.fromkeys(args.strength))
+    args.strength = list(dict.fromkeys(args.strength or [STRENGTH[args.mode]]))
     args.prompts = list(dict.fromkeys(args.prompts))
     if not np.isfinite(args.strength).all():
         parser.error("--strength: give finite numbers")
     if len(args.base_url) not in (1, len(args.judge)):
         parser.error("--base-url: give one address for all of --judge, or one for each")
     if len(args.api_key_env) != len(args.base_url):
-        parser.error("--api-key-env: give one variable for each --base-url")
+        unset = "one that is not set means no key"
+        parser.error(f"--api-key-env: give a variable for each --base-url; {unset}")
     if len(set(args.judge)) < len(args.judge):
         parser.error("--judge: the same name twice")
     return args

@@ -1105,6 +1105,7 @@ def test_an_autointerp_file_that_is_not_whole_is_named(features, runs, tmp_path)
         (["--new-tokens", 70], "--new-tokens 70"),
         (["--base-url", "http://a", "http://b", "--judge", "one"], "--base-url"),
         (["--judge", "a", "a"], "--judge"),
+        (["--judge", "a", "b", "--base-url", "http://a", "http://b"], "--api-key-env: give a var"),
     ],
 )
 def test_a_command_line_that_cannot_work_names_the_flag_and_writes_nothing(
@@ -1113,6 +1114,24 @@ def test_a_command_line_that_cannot_work_names_the_flag_and_writes_nothing(
     line = [*runs, "--out", tmp_path / "report", "--device", "cpu", *flags]
     assert message in refusal(steer.main, line)
     assert not (runs[0] / "steering.json").exists()
+
+
+def test_the_default_strength_is_the_studys_for_the_mode():
+    for mode, strength in (("fixed", 5), ("rms", 0.6), ("preact", 5)):
+        assert steer.parse(["RUN", "--mode", mode]).strength == [strength]
+        assert steer.parse(["RUN", "--mode", mode, "--strength", "0", "2"]).strength == [0, 2]
+
+
+def test_each_of_two_judges_is_asked_at_its_address_with_its_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_B", "secret")
+    line = ["RUN", "--judge", "a", "b", "--base-url", "http://a", "http://b"]
+    args = steer.parse([*line, "--api-key-env", "KEY_A_IS_NOT_SET", "KEY_B"])
+    judges = steer.open_judges(args, tmp_path / "answers.jsonl")
+    found = [(judge.model, judge.url.partition("/chat")[0], judge.key) for judge in judges]
+    assert found == [("a", "http://a", ""), ("b", "http://b", "secret")]
+    shared = steer.parse(["RUN", "--judge", "a", "b", "c", "--api-key-env", "KEY_B"])
+    judges = steer.open_judges(shared, tmp_path / "answers.jsonl")
+    assert [(judge.model, judge.key) for judge in judges] == [(name, "secret") for name in "abc"]
 
 
 # --- table and pictures
