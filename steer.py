@@ -252,7 +252,12 @@ def read_back(setup, prompt, tokens, features, ends):
 def promoted_tokens(model, directions, k=10):
     """The k tokens [n, k] that directions [n, d_in] raise most, by final norm and unembedding."""
     unembed = model.get_output_embeddings()
-    return unembed(final_norm(model)(directions.to(unembed.weight.dtype))).topk(k, dim=1).indices
+    directions = directions.to(unembed.weight.dtype)
+    logits = unembed(final_norm(model)(directions))
+    # Biases raise the same tokens whatever the direction is: those that they raise for a zero
+    # vector, which leaves nothing but them.
+    of_biases = unembed(final_norm(model)(torch.zeros_like(directions[:1])))
+    return (logits.float() - of_biases.float()).topk(k, dim=1).indices
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,7 +473,8 @@ def rates_by_feature(texts, outcome):
 
     Means over `features`, each {"value", "interval"}: steered; control, of random directions;
     their difference; their ratio, null where no control succeeds. The 95% intervals are those of a
-    bootstrap over features.
+    bootstrap over features. They have no width where all features have the same mean: see the
+    Wilson interval of success or echoes instead. Resamples in which a ratio is 0/0 are left out.
     """
     pairs = beside_control(texts, outcome)
     if len(pairs) == 0:
@@ -492,8 +498,14 @@ def mean_difference(a, b, axis=-1):
 
 
 def permutation_test(a, b):
-    """p of the difference of the means of a and b, one value a feature, if they change sides."""
-    if min(len(a), len(b)) < 2 or np.ptp(np.concatenate([a, b])) == 0:
+    """Two-sided p of the difference of the means of a and b, which hold a value for each feature.
+
+    Under the hypothesis that it is chance which values are a's and which are b's. The smallest p
+    that it can give is 2 / (RESAMPLES + 1). None where a or b has fewer than two values.
+    """
+    if min(len(a), len(b)) < 2:
+        return None
+    if np.ptp(np.concatenate([a, b])) == 0:
         return 1.0  # nothing differs
     options = {"n_resamples": RESAMPLES, "batch": 1000, "random_state": np.random.default_rng(0)}
     found = stats.permutation_test((a, b), mean_difference, vectorized=True, **options)
@@ -798,6 +810,8 @@ def plot_rates(results, outcome):
     left.set(xlabel="strength", ylabel=OUTCOME_TITLES[outcome], ylim=(0, None))
     right.set(xlabel="perplexity, times the original's", xscale="log")
     low, high = right.get_xlim()
+    low, high = min(low, 0.9), max(high, 2.2)  # so that at least 1 and 2 are marked
+    right.set_xlim(low, high)
     ticks = [2.0**n for n in range(-3, 16) if low <= 2.0**n <= high]
     right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     right.minorticks_off()
@@ -811,7 +825,11 @@ SCORE_BINS = {"<0.6": 0.0, "0.6": 0.6, "0.7": 0.7, "0.8": 0.8, "0.9-1": 0.9}  # 
 
 
 def plot_scores(results, outcome):
-    """Auto-interp scores of features; and the outcome by score, at each run's first strength."""
+    """Auto-interp scores of features; and the outcome by score, at each run's first strength.
+
+    Bars are 95% Wilson intervals over texts, as if these were independent, and so somewhat too
+    short. A bootstrap over features would say nothing of a bin that holds two or three of them.
+    """
     figure = evaluate.new_figure(4)
     left, right = figure.subplots(1, 2)
     edges = [*SCORE_BINS.values(), 1.0]

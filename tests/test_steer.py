@@ -256,6 +256,13 @@ def test_reading_back_equals_a_text_at_a_time():
     assert (acts > 0).any()
 
 
+def test_what_the_biases_raise_is_not_promoted():
+    model, rows = tiny_model(), directions(3)
+    promoted = steer.promoted_tokens(model, rows, 4)
+    model.gpt_neox.final_layer_norm.bias += 5 * torch.randn(16)
+    assert torch.equal(steer.promoted_tokens(model, rows, 4), promoted)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
 def test_promoted_tokens_go_through_final_norm_and_unembedding(family):
     model, rows = tiny_model(family), directions(3)
@@ -711,7 +718,10 @@ def test_the_permutation_test_is_fair_without_a_difference_and_finds_one():
     assert np.mean(np.array(found) < 0.1) < 0.25
     apart = generator.binomial(3, 0.2, 40), generator.binomial(3, 0.8, 40)
     assert steer.permutation_test(*apart) < 0.01
-    assert steer.permutation_test([1.0], [1.0]) == 1
+    assert steer.permutation_test([1.0, 1.0], [1.0, 1.0]) == 1
+    assert steer.permutation_test([0.0], [1.0] * 5) is None, "one feature is no sample"
+    far_apart = steer.permutation_test(np.zeros(50), np.ones(50))
+    assert far_apart == pytest.approx(2 / (steer.RESAMPLES + 1)), "the smallest that it can give"
 
 
 def test_correlations_and_slopes_of_two_settings_are_told_apart():
@@ -756,7 +766,8 @@ def test_a_comparison_without_spread_is_none_and_no_crash():
     assert steer.compare([], rated([[True]]), steer.success) is None
     result = steer.compare(rated([[True]]), rated([[True]]), steer.success)
     assert result["chi_squared"] is None
-    assert result["permutation_p"] == 1
+    assert result["permutation_p"] is None
+    assert "p =" not in steer.sentence(result)
 
 
 def test_krippendorffs_alpha_by_known_values():
@@ -1180,6 +1191,15 @@ def test_pictures_can_be_drawn(judged, tmp_path):
         "rates.png",
         "scores.png",
     }
+
+
+def test_the_axis_of_perplexity_has_marks_where_the_strengths_cost_the_same():
+    results = some_results(1)
+    for entry in results[0].summary:
+        entry.update(perplexity=15.0, perplexity_control=16.0, perplexity_original=10.0)
+    right = steer.plot_rates(results, steer.echoes).axes[1]
+    low, high = right.get_xlim()
+    assert {1, 2} <= {tick for tick in right.get_xticks() if low <= tick <= high}
 
 
 def test_scores_fall_into_the_bins_of_the_study(monkeypatch):
