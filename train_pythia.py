@@ -2,7 +2,7 @@
 
     python train_pythia.py --l2 1e-4 --seed 0                      the study's SAE, on one GPU
     python train_pythia.py --k 40 80 --l2 0 1e-4 --seed 0 1 2      a grid of 12, in one pass
-    python train_pythia.py --model gpt2 --layer 6 --data book.txt --tokens 2e6
+    python train_pythia.py --model gpt2 --layer 6 --data a.jsonl --tokens 2e6 --lr 1e-3 --warmup 100
     python train_pythia.py --data acts.npy --tokens 2e7            rows [N, d_in]; no language model
     torchrun --nproc-per-node 8 train_pythia.py --k 40 80 --seed 0 1 2 3      divided among 8 GPUs
 
@@ -10,9 +10,9 @@
 takes; or a file: text (.txt, or .jsonl with a "text" in each line), token ids (.bin of uint16, or a
 one-dimensional .npy of any integers), or activations (.npy or .pt, [N, d_in]).
 
-Lists sweep: the product of all of them is trained, every SAE on the same stream of activations, so
-the language model runs once. A finished SAE is not trained again, and an interrupted command goes
-on where it was.
+Flags that take several values are swept: every combination is trained, all on the same stream of
+activations, so that the language model runs once. A finished SAE is not trained again, and an
+interrupted command goes on where it was.
 
 Read from top to bottom: the model and how its residual stream is read and replaced; the stream of
 activations that SAEs are trained on, and the one they are measured on; training. Below the banner
@@ -80,13 +80,14 @@ def load_model(name, device, bfloat16=True):
     """
     # On a CPU the weights stay in float32 and only products are in bfloat16 (see `precision`). That
     # is as fast, and the residual stream, which is a long sum, is not rounded.
-    dtype = torch.bfloat16 if bfloat16 and device.type != "cpu" else torch.float32
+    on_cpu = device.type == "cpu"
+    dtype = torch.bfloat16 if bfloat16 and not on_cpu else torch.float32
     dtype_argument = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    with one_line(f"--model {name}", MODELS):
+    with as_user_error(f"--model {name}", MODELS):
         model = AutoModelForCausalLM.from_pretrained(name, **{dtype_argument: dtype})
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = model.to(device).eval().requires_grad_(False)
-        model.bfloat16_products = bfloat16 and dtype == torch.float32
+        model.bfloat16_products = bfloat16 and on_cpu
         anatomy(model)  # to find out now that a model cannot be read, and not after hours
     return model, tokenizer
 
@@ -95,7 +96,7 @@ class Anatomy(NamedTuple):
     """The parts of a language model that matter here."""
 
     blocks: nn.ModuleList  # in order; block i puts out the residual stream [B, context, d_in]
-    final_norm: nn.Module  # makes of what the last block puts out what the unembedding takes
+    final_norm: nn.Module  # turns the last block's output into the unembedding's input
 
 
 def anatomy(model):
@@ -152,13 +153,14 @@ def find_anatomy(model):
     states = result.hidden_states
     outputs = {call.module: call.output for call in calls}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    # hidden_states begins with the embeddings, or in Mamba and its like with what block 0 puts out.
-    # Its last entry has mostly been through the final norm, so the last block is told by that norm.
-    for first in (1, 0):
+    # hidden_states begins with the embeddings, but in Mamba and its relatives with the output of
+    # block 0. Its last entry has usually been through the final norm, so the last block is
+    # recognised by that norm instead.
+    for start in (1, 0):  # the entry that is the output of block 0
         for candidate in lists:
             if len(candidate) != len(states) - 1:
                 continue
-            pairs = zip(candidate[:-1], states[first:])
+            pairs = zip(candidate[:-1], states[start:])
             if all(equal(outputs.get(block), state) for block, state in pairs):
                 norm = find_final_norm(model, candidate, calls, outputs)
                 if norm is not None:
@@ -170,7 +172,7 @@ def find_anatomy(model):
 
 
 def find_final_norm(model, candidate, calls, outputs):
-    """The module that takes what the last block of `candidate` puts out to what is unembedded.
+    """The module that turns the output of the last block of `candidate` into what is unembedded.
 
     None where there is none, so that the candidates cannot be the blocks.
     """
@@ -210,8 +212,8 @@ HOOK = "hook_resid_post"  # what TransformerLens calls the place that `site` rea
 def site(model, layer):
     """The module whose output is read and replaced.
 
-    To train SAEs on something else than the residual stream, change this line and HOOK, which goes
-    into the SAE's file, and give another --out: for MLP outputs of Pythia
+    To train SAEs on something else than the residual stream, but of the same width, change this
+    line and HOOK, which goes into the SAE's file, and give another --out: for MLP outputs of Pythia
     `return blocks(model)[layer].mlp` and "hook_mlp_out". An SAE of another place is refused.
     """
     return blocks(model)[layer]
@@ -219,9 +221,9 @@ def site(model, layer):
 
 @contextmanager
 def spliced(model, layer, replace):
-    """Within it, the residual stream after block `layer` is what `replace` makes of it.
+    """Put replace(x) in place of the residual stream x after block `layer`, for a `with` block.
 
-    `replace` takes and returns [B, context, d_in]; context is 1 in generation with a cache.
+    Both are [B, context, d_in]; context is 1 in generation with a cache.
     """
 
     def hook(module, inputs, output):
@@ -273,7 +275,7 @@ def cross_entropy(model, contexts):
 
 
 def precision(model):
-    """Within it, a model in float32 multiplies in bfloat16, where load_model was asked for that."""
+    """A `with` block in which float32 models multiply in bfloat16, if load_model was told to."""
     enabled = getattr(model, "bfloat16_products", False)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
@@ -327,7 +329,12 @@ class Activations:
         self.d_in = model.config.get_text_config().hidden_size
         self.n_contexts = len(tokens) // context
         self.contexts_per_filling = max(1, (buffer_size or BUFFER) // (context - 1))
-        self.scale = None  # known from the first filling on
+        # Where the stream stands, which `batches` sets.
+        self.scale = None  # what activations are divided by; known from the first filling on
+        self.limit = None  # the norm above which an activation is an outlier; likewise
+        self.filling = 0  # the number of the filling that is being served
+        self.served = 0  # how many of its batches were served
+        self.leftover = None  # [fewer than a batch, d_in]: what the filling before did not serve
         self.metadata = {
             "model_name": model.name_or_path,
             "hook_name": f"blocks.{layer}.{HOOK}",
@@ -336,20 +343,21 @@ class Activations:
         }
 
     def batches(self, hp, step=0, state=None):
-        """An endless iterator of x / scale, [hp.batch_size, d_in] float32, from where `state` was.
+        """An endless iterator of x / scale, [hp.batch_size, d_in] float32.
 
-        `state` says it all: the step is not needed.
+        It starts at `state`, which is what state() gave, or else at the beginning. `step` is not
+        needed here, but by Rows.
         """
         # Allocated once: every filling overwrites the one before.
-        rows = self.contexts_per_filling * (self.context - 1) + hp.batch_size
+        capacity = self.contexts_per_filling * (self.context - 1) + hp.batch_size
         options = {"dtype": self.model.dtype, "device": self.model.device}
-        self.buffer = torch.empty(rows, self.d_in, **options)
+        self.buffer = torch.empty(capacity, self.d_in, **options)
         self.data_seed = hp.data_seed
         state = state or {}
+        self.scale = state.get("scale")
+        self.limit = state.get("limit")
         self.filling = state.get("filling", 0)
         self.served = state.get("served", 0)
-        self.scale = state.get("scale")
-        self.limit = state.get("limit")  # norm from which an activation is an outlier
         self.leftover = state.get("leftover", self.buffer[:0].clone())
         return self.serve(hp.batch_size)
 
@@ -375,9 +383,9 @@ class Activations:
         while True:
             order = self.fill()
             while (self.served + 1) * batch_size <= len(order):
-                rows = order[self.served * batch_size : (self.served + 1) * batch_size]
+                chosen = order[self.served * batch_size : (self.served + 1) * batch_size]
                 self.served += 1
-                yield self.buffer[rows].float() / self.scale
+                yield self.buffer[chosen].float() / self.scale
             self.leftover = self.buffer[order[self.served * batch_size :]].clone()
             self.filling += 1
             self.served = 0
@@ -409,26 +417,30 @@ class Activations:
 
     def contexts(self, first, n):
         """Contexts number `first` to `first + n` of the endless sequence, [n, context] ids."""
-        rows = []
+        found = []
+        order = None
         for number in range(first, first + n):
             epoch, index = divmod(number, self.n_contexts)
-            if index == 0 or not rows:
+            if order is None or index == 0:  # every pass over the tokens has an order of its own
                 order = torch.randperm(self.n_contexts, generator=self.generator("order", epoch))
             start = order[index].item() * self.context
-            rows.append(self.tokens[start : start + self.context].astype(np.int64))
-        return torch.from_numpy(np.stack(rows)).to(self.model.device)
+            found.append(self.tokens[start : start + self.context].astype(np.int64))
+        return torch.from_numpy(np.stack(found)).to(self.model.device)
 
     def generator(self, purpose, number):
         """A random generator that depends on the data seed, the purpose and the number alone."""
         digest = hashlib.sha256(repr((self.data_seed, purpose, number)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        seed = int.from_bytes(digest[:7], "big")  # 56 bits, and manual_seed takes up to 64
+        return torch.Generator().manual_seed(seed)
 
 
 class Stream:
-    """The residual stream after block `layer` on contexts, a list of [B, context] token ids, at the
-    positions that SAEs are trained on. Outliers are told by the median of the first batch.
+    """What SAEs are measured on: the residual stream after block `layer`, in the order of the text,
+    at the positions that SAEs are trained on.
 
-    Iterating over it gives the activations of each batch of contexts, [n, d_in] float32, unscaled.
+    `contexts` is a list of batches of token ids [B, context]. Iterating over the Stream gives the
+    activations of each batch, [n, d_in] float32, unscaled. Outliers are judged by the median of the
+    first batch here, not of the first in training.
     """
 
     def __init__(self, model, layer, contexts):
@@ -447,9 +459,9 @@ class Stream:
         return is_trained_on(resid, self.limit)
 
     def cross_entropy(self, replace=None):
-        """The language model's, with what `replace` makes of the stream [n, d_in] in its place.
+        """The language model's cross-entropy, in nats per token, with replace(x) in place of x.
 
-        Without `replace`, the model's own. In nats a token.
+        x is the stream, [n, d_in]. Without `replace` it is the model's own cross-entropy.
         """
         if replace is None:
             return cross_entropy(self.model, self.contexts)
@@ -457,7 +469,7 @@ class Stream:
         def splice(resid):
             resid = resid.clone()
             kept = self.keeps(resid)
-            # `replace` is an SAE as it was measured on the stream itself: in float32
+            # `replace` is an SAE, and runs in float32, as it does on the stream itself.
             with torch.autocast(resid.device.type, enabled=False):
                 resid[kept] = replace(resid[kept].float()).to(resid.dtype)
             return resid
@@ -490,7 +502,8 @@ def read_run(folder):
         hp = read_hparams(folder)
         if hp["model"]:
             # A fork may read another place, which is no setting but stands in the SAE's file.
-            block_of_hook(folder, str(SAE.load(folder).metadata.get("hook_name")))
+            hook = SAE.load(folder).metadata.get("hook_name")
+            block_of_hook(folder, str(hook))  # refuses such an SAE
             return Run(folder, hp["model"], hp["layer"], hp["context"], hp["data"], hp["dtype"])
         if hp["data"]:
             none = "there is no language model to measure it with"
@@ -532,7 +545,7 @@ def block_of_hook(folder, hook):
 
 
 def hub_name(name):
-    """The name on the hub of a model that TransformerLens, and so SAELens, may call otherwise."""
+    """The name on the hub of a model that TransformerLens, and so SAELens, names differently."""
     if name == "gpt2-small":
         return "gpt2"
     for family, owner in (("pythia-", "EleutherAI"), ("gemma-", "google")):
@@ -550,16 +563,17 @@ class OpenRun(NamedTuple):
 
 
 def open_run(run, device, data=None, n_trained=0):
-    """The language model of a Run, and tokens for it: those that it was not trained on.
+    """The language model of a Run, and tokens for it: those that training holds out.
 
-    With `data`, a file, its tokens instead; with n_trained, the first so many of those that the SAE
-    was trained on. Raises UserError.
+    With n_trained they are the first so many of those that training draws from, though a short run
+    may not have come to them; with `data` all tokens of that file. What an SAE of another library
+    was trained on is not known, so it may have seen the tokens held out here. Raises UserError.
     """
     check_model(run)
     model, tokenizer = load_model(run.model, device, use_bfloat16(run.dtype, device))
     if data:
         return OpenRun(model, tokenizer, read_tokens(data, tokenizer, model))
-    train_tokens, held_out_tokens = open_tokens(run, n_trained, tokenizer, model)
+    train_tokens, held_out_tokens = open_tokens(run.data, n_trained, run.context, model, tokenizer)
     tokens = train_tokens[:n_trained] if n_trained else held_out_tokens
     return OpenRun(model, tokenizer, tokens)
 
@@ -602,11 +616,13 @@ def open_text_source(args, device):
     if args.data != "pile" and not Path(args.data).is_file():  # known before a model is loaded
         raise UserError(f"--data {args.data}: there is no such file: {FORMATS}")
     model, tokenizer = load_model(args.model, device, use_bfloat16(args.dtype, device))
-    # A little more than asked for, since some activations are dropped
+    # A little more than asked for, since first positions and outliers are dropped. (Of the pile so
+    # many are downloaded. Should they not suffice, a second pass over them begins.)
     n_tokens = int(args.tokens * 1.01)
-    train_tokens, held_out_tokens = open_tokens(args, n_tokens, tokenizer, model)
-    # One filling of whole contexts does for a short run
+    train_tokens, held_out_tokens = open_tokens(args.data, n_tokens, args.context, model, tokenizer)
+    # A run that is shorter than the buffer reads no more than it trains on, in whole contexts.
     buffer_size = min(BUFFER, n_tokens + args.context)
+    # With far fewer tokens than the buffer holds, contexts would be in one filling several times.
     enough = max(min(BUFFER, int(args.tokens)), args.context)
     if len(train_tokens) < enough:
         has = f"{len(train_tokens):,} tokens to train on"
@@ -659,9 +675,11 @@ FORMATS = (
 
 
 @contextmanager
-def one_line(subject, way_out):
-    """Turn what goes wrong with a model or a file into a UserError: both may be damaged, or not
-    there, in so many ways that libraries raise nearly every kind of exception."""
+def as_user_error(subject, way_out):
+    """A `with` block in which any exception but a lack of memory becomes a UserError of one line.
+
+    Over a model or a file that is missing or damaged, libraries raise nearly every kind.
+    """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):  # of memory run_command knows more
@@ -675,24 +693,24 @@ def one_line(subject, way_out):
 # Tokens: flat arrays of token ids
 
 
-def open_tokens(run, n_tokens, tokenizer, model):
-    """Token ids to train on and held-out ones, two flat arrays on disk, of run.data.
+def open_tokens(data, n_tokens, context, model, tokenizer):
+    """Token ids to train on and held-out ones, two flat arrays on disk. Raises UserError.
 
-    The pile's first HELD_OUT are held out, and n_tokens follow to train on. Of a file a tenth is
-    held out, but at most HELD_OUT, its end. `run` has data, model and context, as a Run or the
-    arguments of a command line. Raises UserError.
+    Of the pile the first HELD_OUT are held out, and n_tokens follow to train on. Of a file the last
+    tenth is held out, in whole contexts and at most HELD_OUT, and all others are to train on.
     """
-    if run.data == "pile":
+    if data == "pile":
         text, ids = PILE_SAMPLE
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             way_out = "give --data FILE, such as a .txt"
-            raise UserError(f"--data pile: has tokens of Pythia's, not of {run.model}: {way_out}")
+            name = model.name_or_path
+            raise UserError(f"--data pile: has tokens of Pythia's, not of {name}: {way_out}")
         path = fetch(PILE + PILE_FILE, CACHE / PILE_FILE, 2 * (HELD_OUT + n_tokens))
         tokens = np.memmap(path, np.uint16, "r", shape=(HELD_OUT + n_tokens,))
-        check_ids(tokens, run.data, model)
+        check_ids(tokens, data, model)
         return tokens[HELD_OUT:], tokens[:HELD_OUT]
-    tokens = read_tokens(run.data, tokenizer, model)
-    n_held_out = min(HELD_OUT, len(tokens) // 10) // run.context * run.context
+    tokens = read_tokens(data, tokenizer, model)
+    n_held_out = min(HELD_OUT, len(tokens) // 10) // context * context
     end = len(tokens) - n_held_out
     return tokens[:end], tokens[end:]
 
@@ -700,7 +718,7 @@ def open_tokens(run, n_tokens, tokenizer, model):
 def read_tokens(data, tokenizer, model):
     """All token ids of a file of text or ids, a flat array on disk. Raises UserError."""
     path = Path(data)
-    with one_line(f"--data {data}", FORMATS):
+    with as_user_error(f"--data {data}", FORMATS):
         if path.suffix == ".bin":
             tokens = np.memmap(path, np.uint16, "r")
             check_width(tokens, data, model)
@@ -774,7 +792,10 @@ class Piece(NamedTuple):
 
 
 def documents(path):
-    """The Pieces of text of a .txt or .jsonl. Raises UserError."""
+    """The Pieces of text of a .txt or .jsonl.
+
+    Raises UserError where a line has no text, and ValueError where the file is of another kind.
+    """
     if path.suffix == ".txt":
         with open(path, encoding="utf-8") as file:
             starts_document = True
@@ -788,7 +809,7 @@ def documents(path):
                     continue
                 try:
                     text = json.loads(line)["text"]
-                    text.encode()  # to see that it is a string, of characters that there are
+                    text.encode()  # to see that it is a string, without lone surrogates
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     problem = f'line {number} is not a JSON object with a "text"'
                     raise UserError(f"--data {path}: {problem}") from None
@@ -802,8 +823,8 @@ def decode_parts(tokenizer, parts):
 
     Joined, the texts are that of all parts together. Decoded by itself, a part loses the space
     before it in SentencePiece's tokenizers, and in byte-level ones half a character becomes a
-    replacement sign. So the text of the whole is cut: a part ends where the text up to it ceases to
-    agree with the whole, and a divided character belongs to the part that completes it.
+    replacement character. So the text of the whole is cut: a part ends where the text up to it
+    ceases to agree with the whole, and a divided character belongs to the part that completes it.
     """
     tokens = [token for part in parts for token in part]
     whole = tokenizer.decode(tokens)
@@ -831,7 +852,7 @@ def end_tokens(model, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows: activations that are there already
+# Rows: activations computed beforehand
 
 
 def is_rows(data):
@@ -842,14 +863,14 @@ def is_rows(data):
     path = Path(data)
     if path.suffix != ".npy":
         return path.suffix == ".pt"
-    with one_line(f"--data {data}", FORMATS):
+    with as_user_error(f"--data {data}", FORMATS):
         return np.load(path, mmap_mode="r", allow_pickle=False).ndim != 1
 
 
 def read_rows(data):
     """The tensor [N, d_in] in a .npy or .pt, as it is on disk. Raises UserError."""
     path = Path(data)
-    with one_line(f"--data {data}", FORMATS):
+    with as_user_error(f"--data {data}", FORMATS):
         if path.suffix == ".npy":
             # "c" leaves the file as it is and on disk, but lets torch take it for writable
             rows = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
@@ -906,8 +927,8 @@ def append_range(url, file, n_bytes):
             raise OSError(f"the server sends another range: {sent}")
         if "text/html" in reply.headers.get("Content-Type", ""):
             raise OSError("the server sends a page, not data")
-        bar = {"desc": Path(file.name).name, "unit": "B", "unit_scale": True}
-        with tqdm(total=n_bytes, initial=start, **bar) as progress:
+        name = Path(file.name).name
+        with tqdm(total=n_bytes, initial=start, desc=name, unit="B", unit_scale=True) as progress:
             for piece in reply.iter_content(1 << 16):
                 piece = piece[: n_bytes - file.tell()]
                 file.write(piece)
@@ -944,8 +965,8 @@ def parse(argv):
     if not 1 <= args.batch_size <= args.tokens < float("inf"):
         numbers = f"--tokens {args.tokens:g} --batch-size {args.batch_size}"
         parser.error(f"{numbers}: give at least one batch of tokens")
-    rows = is_rows(args.data)
-    if rows:
+    without_model = is_rows(args.data)
+    if without_model:
         d_in = read_rows(args.data).shape[1]
         # A flag that says what is the default anyway cannot be told from one that is not there.
         for name in ("model", "layer", "context"):
@@ -957,13 +978,13 @@ def parse(argv):
         d_in = check_model(args)
 
     def complete(settings, args):
-        """The settings that follow from others."""
+        """The settings that follow from others: see `sweep`."""
         follow = {
             "d_in": d_in,
             "steps": int(args.tokens) // settings["batch_size"],
             "length": f"{args.tokens / 1e6:g}M tokens",
         }
-        if rows:  # nothing is read by a language model
+        if without_model:
             follow["model"], follow["layer"], follow["context"] = "", 0, 0
         return follow
 
@@ -976,7 +997,7 @@ def check_model(run):
 
     `run` has model, layer and context, as a Run or the arguments of a command line.
     """
-    with one_line(f"--model {run.model}", MODELS):
+    with as_user_error(f"--model {run.model}", MODELS):
         config = AutoConfig.from_pretrained(run.model).get_text_config()
         width, depth = config.hidden_size, config.num_hidden_layers
     if not 0 <= run.layer < depth:

@@ -1143,29 +1143,23 @@ def pile(server, monkeypatch):
     return tokens
 
 
-def test_the_pile_is_fetched_by_range_and_cut_to_what_is_asked_for(
-    pile, server, model_folder, tokenizer, tmp_path
-):
+def test_the_pile_is_fetched_by_range_and_cut_to_what_is_asked_for(pile, server, tokenizer):
     handler, _ = server
     for n_tokens in (5050, 5053, 9090):
-        args, _ = parse(line(model_folder, "pile", tmp_path))
-        train, held_out = open_tokens(args, n_tokens, tokenizer, tiny_model())
+        train, held_out = open_tokens("pile", n_tokens, 16, tiny_model(), tokenizer)
         assert train.tolist() == pile[500 : 500 + n_tokens].tolist()
         assert held_out.tolist() == pile[:500].tolist(), "the same text for runs of any length"
     n_requests = len(handler.seen)
-    _, held_out = open_tokens(args, 0, tokenizer, tiny_model())
+    _, held_out = open_tokens("pile", 0, 16, tiny_model(), tokenizer)
     assert held_out.tolist() == pile[:500].tolist()
     assert len(handler.seen) == n_requests
 
 
-def test_a_download_that_broke_off_within_a_token_is_read_where_it_suffices(
-    pile, tokenizer, model_folder, tmp_path
-):
+def test_a_download_that_broke_off_within_a_token_is_read_where_it_suffices(pile, tokenizer):
     path = train_pythia.CACHE / train_pythia.PILE_FILE
     path.parent.mkdir()
     path.write_bytes(pile.tobytes()[:9001])
-    args, _ = parse(line(model_folder, "pile", tmp_path))
-    train, _ = open_tokens(args, 3000, tokenizer, tiny_model())
+    train, _ = open_tokens("pile", 3000, 16, tiny_model(), tokenizer)
     assert train.tolist() == pile[500:3500].tolist()
 
 
