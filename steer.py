@@ -12,10 +12,10 @@ direction is added to the residual stream; and the control, for which a random d
 length is added, since noise changes a text, too, and some texts will happen to suit the feature.
 
 Three measures need no judge. Echo: does the unsteered model, reading the text, see more of the
-feature than in the original? Perplexity: what did steering cost? Promoted: how many of the ten
-tokens that the direction raises most are in the text? A judge, some other language model, is shown
-the feature's explanation (see evaluate.py autointerp), the original and the text, and rates from 1
-to 5 whether the text is more related to the explanation; 4 or 5 is a success.
+feature per token than in the original? Perplexity: what did steering cost? Promoted: how many of
+the ten tokens that the direction raises most are in the text? A judge, some other language model,
+is shown the feature's explanation (see evaluate.py autointerp), the original and the text, and
+rates from 1 to 5 whether the text is more related to the explanation; 4 or 5 is a success.
 
 A run folder gets steering.json; the folder --out gets the comparison of the runs, and pictures.
 Read on in this order: generate, read back, one run, rate, compare; then "Machinery".
@@ -65,6 +65,8 @@ from train_pythia import (
 
 PROMPTS = ("I think that", "It is", "This is what")  # neutral beginnings, the same for all features
 STRENGTH = {"fixed": 5.0, "rms": 0.6, "preact": 5.0}  # by mode, as in the study
+RMS_TOKENS = 8192  # on which the norm of the residual stream is measured, in contexts of 128
+RMS_CONTEXT = 128
 SUCCESS = 4  # the mean rating from which a text counts as more related to the explanation
 RESAMPLES = 10_000  # of permutation tests and of bootstrap intervals
 
@@ -102,7 +104,7 @@ class Text:
     kind: str  # "original", "steered" or "control"
     strength: float  # 0 for an original
     text: str  # what was written after the prompt, up to an end of text
-    act: float  # mean activation of the feature where the unsteered model reads the text
+    act: float  # mean of the feature over the text's tokens, as the unsteered model reads it
     perplexity: float  # of the text, for the unsteered model
     promoted: float  # share of the ten most promoted tokens that are in the text
     echo: float | None = None  # act minus that of the original; None for an original
@@ -119,7 +121,8 @@ class Text:
 def random_generator(*key):
     """A generator that depends on the key alone, such as (seed, feature, "control").
 
-    So what is drawn for a feature does not depend on which others are steered with it.
+    So what is drawn for a feature does not depend on which others are steered with it. A feature of
+    another run that has the same number gets the same draws and the same random direction.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
@@ -136,7 +139,8 @@ def steering_vectors(sae, features, mode, strength, rms=None):
 
     strength is, by mode, the length of the vector (fixed); its length in units of `rms`, the root
     mean square norm of the residual stream (rms); or what it adds to the feature's own
-    pre-activation (preact), where the feature's encoder_gain must be positive.
+    pre-activation (preact), where the feature's encoder_gain must be positive. Where that is small,
+    the vector is long.
     """
     direction = F.normalize(sae.W_dec[features])
     if mode == "fixed":
@@ -167,7 +171,8 @@ def sample(logits, uniform, temperature, top_p):
     probability = torch.where(likelier < top_p, probability, 0)
     cumulative = probability.cumsum(1)
     chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
-    chosen = chosen.clamp(max=tokens.shape[1] - 1)  # where rounding leads past the end
+    n_kept = (likelier < top_p).sum(1, keepdim=True)
+    chosen = torch.minimum(chosen, n_kept - 1)  # where rounding leads past the last that is kept
     return tokens.gather(1, chosen)[:, 0]
 
 
@@ -181,7 +186,8 @@ def generate(model, layer, prompt, vectors, uniform, settings):
     """Continue `prompt`, a list of token ids, along each of vectors [n, d_in]: ids [n, steps].
 
     A row's vector is added to the residual stream after block `layer` at every position behind the
-    prompt (with steer_prompt at all positions). uniform [n, steps] are the random draws.
+    prompt (with steer_prompt at all positions). So the first token that is written is not steered,
+    and is that of the original. uniform [n, steps] are the random draws.
     """
     takes_cache = "cache" in inspect.signature(model.forward).parameters
     cache_name = "cache" if takes_cache else "past_key_values"  # the older name
@@ -409,7 +415,7 @@ def success_of_all(text):
 
 
 def echoes(text):
-    """Whether the model, reading the text, sees more of the feature than in the original."""
+    """Does the model, reading the text, see more of the feature per token than in the original?"""
     return float(text.echo > 0)
 
 
@@ -430,7 +436,9 @@ def rate_with_interval(values):
 def by_feature(texts, kind, outcome):
     """{feature: mean outcome of its texts of one kind}.
 
-    The texts of a feature depend on each other, features do not: those are tested and resampled.
+    The texts of a feature depend on each other, so features are what is tested and resampled. They
+    count as independent. A p or an interval is about other features of the same SAE, under the same
+    prompts, and not about other seeds.
     """
     values = {}
     for text in texts:
@@ -608,7 +616,7 @@ def chi_squared(a, b):
 def compare(a, b, outcome):
     """Do two SAEs differ? a and b are the texts of each at one strength. None without outcomes.
 
-    An SAE stands for its setting only as far as its seed does: see by_feature.
+    Whether two settings differ, other seeds included, is more than it can say: see by_feature.
 
     rates, n               of the steered texts of both
     chi_squared            of these texts, as in the study, which takes them for independent
@@ -838,7 +846,7 @@ def plot_scores(results, outcome):
         texts = [text for text in texts if text.kind == "steered"]
         texts = [text for text in texts if text.strength == result.summary[0]["strength"]]
         scores = {text.feature: text.autointerp_score for text in texts}
-        fourteenths = (np.arange(16) - 0.5) / 14  # a score is the share of 14 that are right
+        fourteenths = (np.arange(16) - 0.5) / 14  # by the default protocol a score is a share of 14
         style = {"histtype": "step", "color": f"C{number}", "label": result.label}
         left.hist(list(scores.values()), fourteenths, **style)
         bins = np.searchsorted(edges[1:-1], [text.autointerp_score for text in texts], "right")
@@ -951,8 +959,8 @@ class Job(NamedTuple):
 def prepare(folder, args):
     """Read a run folder and choose its features, before any work is done. Raises UserError.
 
-    They are those of --features, or else --n at random: of those in autointerp.json where there is
-    one, of those alive where there is none.
+    They are the first --n of --features; without these, --n at random of those in autointerp.json
+    where there is one, else of those alive.
     """
     run, sae = read_run(folder), SAE.load(folder)
     width = check_model(run)
@@ -966,24 +974,36 @@ def prepare(folder, args):
     features = evaluate.choose_features(chosen, args.n, among, args.seed, folder)
     if args.mode == "preact":
         gains = encoder_gain(sae, features).tolist()
-        seen = [feature for feature, gain in zip(features, gains) if gain > 0]
-        if not seen:
-            raise UserError(f"--mode preact: no encoder of {folder} sees its decoder row")
-        if len(seen) < len(features):
-            left_out = f"{len(features) - len(seen)} of {len(features)} features of {folder}"
-            print(f"note: {left_out} are left out, since their encoder does not see their decoder")
-        features = seen
+        positive = {feature: gain for feature, gain in zip(features, gains) if gain > 0}
+        if not positive:
+            reason = "none of its features is raised by its own decoder direction"
+            raise UserError(f"--mode preact: {folder}: {reason}")
+        if len(positive) < len(features):
+            left_out = f"{len(features) - len(positive)} of {len(features)} features of {folder}"
+            print(f"note: {left_out} are left out: their own decoder direction does not raise them")
+        features = list(positive)
+        longest = max(map(abs, args.strength)) / min(positive.values())
+        print(f"--mode preact: the longest vector for {folder} has length {longest:.3g}")
     return Job(run, sae, explanations, features)
 
 
 def load_setup(job, args, device):
-    """The language model of a run, and what its residual stream measures. Raises UserError."""
+    """The language model of a run and, for mode "rms", the norm of its residual stream.
+
+    The norm is measured where SAEs are trained: without first positions and outliers. Raises
+    UserError.
+    """
     run = job.run
+    # On a CPU texts are written in float32 whatever dtype the run had.
     if args.mode != "rms":
         model, tokenizer = load_model(run.model, device, use_bfloat16(run.dtype, device))
         return Setup(model, tokenizer, run.layer, job.sae.to(device))
     model, tokenizer, tokens = open_run(run, device, data=args.data)
-    contexts = cut_contexts(tokens, 8192, min(128, run.context), device)
+    length = min(RMS_CONTEXT, run.context)
+    if len(tokens) < length:
+        reason = f"{len(tokens)} tokens are fewer than one context of {length}"
+        raise UserError(f"--data: {reason}: give a longer text to measure the norm on")
+    contexts = cut_contexts(tokens, RMS_TOKENS, length, device)  # a list of [B, length]
     squares = [x.square().sum(1) for x in Stream(model, run.layer, contexts)]
     rms = torch.cat(squares).mean().sqrt().item()
     return Setup(model, tokenizer, run.layer, job.sae.to(device), rms)
@@ -1002,6 +1022,11 @@ def check_lengths(setup, settings):
             raise UserError(f"--new-tokens {settings.new_tokens}: {way_out}")
 
 
+def are_the_same(settings, found):
+    """Whether the "settings" of a steering.json are these. Older files do not name the dtype."""
+    return {"dtype": settings["dtype"], **found} == settings
+
+
 def read_earlier(path, settings):
     """The steering.json of an earlier command with the same settings; where none is, an empty one.
 
@@ -1010,7 +1035,7 @@ def read_earlier(path, settings):
     """
     if path.exists():
         found = read_json(path)
-        if found.get("settings") == settings:
+        if are_the_same(settings, found.get("settings", {})):
             return found
     return {"settings": settings, "judging": None, "rows": []}
 
@@ -1041,7 +1066,7 @@ def write_steering(path, content, texts, features):
 
     One of other settings, which stands in its place, is renamed first.
     """
-    if path.exists() and read_json(path).get("settings") != content["settings"]:
+    if path.exists() and not are_the_same(content["settings"], read_json(path).get("settings", {})):
         number = 1
         while path.with_name(f"steering_{number}.json").exists():
             number += 1
@@ -1075,8 +1100,13 @@ def steer_and_rate(job, label, settings, args, device):
     path = folder / "steering.json"
     setup = load_setup(job, args, device)
     check_lengths(setup, settings)
-    sae_name = evaluate.fingerprint(folder)
-    made_with = {**asdict(settings), "rms": setup.rms, "model": job.run.model, "sae": sae_name}
+    made_with = {
+        **asdict(settings),
+        "rms": setup.rms,
+        "model": job.run.model,
+        "dtype": str(setup.model.dtype),
+        "sae": evaluate.fingerprint(folder),
+    }
     earlier = read_earlier(path, made_with)
     texts = []
     for row in earlier["rows"] + earlier.get("other_rows", []):
@@ -1138,9 +1168,10 @@ def parse(argv):
         "units of the residual stream's root mean square norm (rms); or what it adds to the "
         "feature's own pre-activation (preact)",
     )
-    features = "how many features, at random among those of autointerp.json or those alive"
-    add("--n", type=at_least(1), default=300, help=f"{features} (default 300)")
-    features = "these features instead: numbers, or a JSON file of evaluate.py seeds"
+    features = "how many features: the first of --features, else at random among those of "
+    features += "autointerp.json or, without one, those alive (default 300)"
+    add("--n", type=at_least(1), default=300, help=features)
+    features = "which features: numbers, or a JSON file of evaluate.py seeds"
     add("--features", nargs="+", help=features)
     add("--prompts", nargs="+", default=study.prompts, help="beginnings, to be continued")
     length = "tokens of a text (default 30)"
@@ -1162,6 +1193,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.strength = list(dict.fromkeys(args.strength or [STRENGTH[args.mode]]))
     args.prompts = list(dict.fromkeys(args.prompts))
+    if args.data and args.mode != "rms":
+        parser.error("--data: only --mode rms reads it")
     if not np.isfinite(args.strength).all():
         parser.error("--strength: give finite numbers")
     if len(args.base_url) not in (1, len(args.judge)):

@@ -192,6 +192,7 @@ def test_sampling_follows_the_tempered_distribution_within_top_p():
     assert torch.allclose(tokens.bincount(minlength=5) / n, expected, atol=1e-3)
     for extreme in (0.0, 1 - 2**-24):
         assert steer.sample(logits, torch.tensor([extreme]), 0.7, 0.9).item() in kept
+    assert steer.sample(logits, torch.tensor([1.0]), 0.7, 0.9).item() == kept[-1], "by rounding"
     assert steer.sample(logits, torch.tensor([0.999]), 0.7, 1e-6).item() == 0
     assert steer.sample(logits, torch.tensor([0.99]), 0, 0.9).item() == 0
 
@@ -879,6 +880,13 @@ def test_rms_is_measured_on_text_where_saes_are_trained(runs, tmp_path):
     assert rms == pytest.approx(resid.square().sum(2).mean().sqrt().item(), rel=0.05)
 
 
+def test_a_text_too_short_to_measure_the_norm_on_is_refused_by_its_flag(runs, tmp_path, refusal):
+    np.arange(8, dtype=np.uint16).tofile(tmp_path / "short.bin")
+    line = [runs[0], "--out", tmp_path / "report", "--device", "cpu"]
+    said = refusal(steer.main, [*line, "--mode", "rms", "--data", tmp_path / "short.bin"])
+    assert said.startswith("--data")
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_larger_n_asks_the_judge_only_about_what_is_new(runs, chat, tmp_path):
     explain(runs[0], range(40))
@@ -967,6 +975,27 @@ def test_texts_of_other_settings_are_kept_in_another_file(runs, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_an_older_file_is_gone_on_from_and_one_of_another_precision_is_not(runs, tmp_path):
+    def texts_after(dtype):
+        content = result_of(runs[0])
+        for row in content["rows"]:
+            row["text"] = "as it was"
+            del row["asked"]
+        del content["settings"]["dtype"], content["other_rows"]
+        if dtype:
+            content["settings"]["dtype"] = dtype
+        (runs[0] / "steering.json").write_text(json.dumps(content))
+        command(runs[:1], tmp_path / "report", "--features", 3)
+        result = result_of(runs[0])
+        assert result["settings"]["dtype"] == "torch.float32"
+        return {row["text"] for row in result["rows"]}
+
+    command(runs[:1], tmp_path / "report", "--features", 3)
+    assert texts_after(None) == texts_after("torch.float32") == {"as it was"}
+    assert "as it was" not in texts_after("torch.bfloat16")
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_ratings_stay_until_the_same_judge_rates_again_or_the_explanation_is_another(
     runs, chat, tmp_path, capsys
 ):
@@ -1049,7 +1078,7 @@ def test_features_are_drawn_from_those_in_autointerp_json(runs, tmp_path):
     assert steered != set(sorted(explained)[:10])
 
 
-def test_features_whose_encoder_does_not_see_their_decoder_are_left_out_before_any_work(
+def test_features_that_their_decoder_direction_does_not_raise_are_left_out_before_any_work(
     runs, tmp_path, capsys, monkeypatch, refusal
 ):
     sae = SAE.load(runs[0])
@@ -1058,7 +1087,10 @@ def test_features_whose_encoder_does_not_see_their_decoder_are_left_out_before_a
     sae.save(runs[0], sae.metadata)
     command(runs[:1], tmp_path / "report", "--mode", "preact", "--features", 3, 5)
     assert {row["feature"] for row in result_of(runs[0])["rows"]} == {5}
-    assert "note: 1 of 2 features of" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "note: 1 of 2 features of" in output
+    length = steer.steering_vectors(sae, [5], "preact", 5.0).norm().item()
+    assert f"has length {length:.3g}" in output
     monkeypatch.setattr(steer, "load_model", None)
     line = [runs[0], "--mode", "preact", "--features", 3, "--out", tmp_path / "report"]
     assert "--mode preact" in refusal(steer.main, line)
@@ -1112,6 +1144,7 @@ def test_an_autointerp_file_that_is_not_whole_is_named(features, runs, tmp_path)
         (["--prompts", ""], "--prompts"),
         (["--features", 64], "--features"),
         (["--strength", "nan"], "--strength"),
+        (["--data", "book.txt"], "--data"),
         (["--top-p", 2], "--top-p"),
         (["--new-tokens", 70], "--new-tokens 70"),
         (["--base-url", "http://a", "http://b", "--judge", "one"], "--base-url"),
