@@ -1445,7 +1445,8 @@ def measure_runs(runs, n_tokens, data, device):
 
     Writes quality.json and covariance.npy into its folder, and sets its quality. Raises UserError.
     """
-    from train_pythia import is_rows, read_run  # here, so that images need no transformers
+    # Imported here, so that images need no transformers
+    from train_pythia import check_data, is_rows, read_run
 
     of_rows = {}  # file of activations: the runs to measure on it
     readers = []  # pairs (what the SAE reads: a Run of train_pythia.py, the TrainedSAE)
@@ -1453,6 +1454,7 @@ def measure_runs(runs, n_tokens, data, device):
         path = data
         if not path and (run.folder / "hparams.json").exists():
             path = read_hparams(run.folder)["data"]
+            check_data(run.folder, path)
         if path and is_rows(path):
             of_rows.setdefault(path, []).append(run)
         else:

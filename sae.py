@@ -442,6 +442,7 @@ class Hparams:
     seed: int = setting(0, "SAE", "of the initial weights", high=2**63 - 1)
     data_seed: int = setting(0, "data", "of the order of the data", high=2**40, stream=True)
     data: str = setting("", "data", "what is trained on", stream=True)
+    data_hash: str = setting("", "data", "what tells its contents apart, if known", stream=True)
     model: str = setting("", "data", "language model: hub name or folder", stream=True)
     layer: int = setting(0, "data", "block whose output is read, from 0", stream=True)
     context: int = setting(0, "data", "tokens that the model reads together", stream=True)
@@ -1193,11 +1194,22 @@ def is_complete(folder, hp):
     if not path.exists():
         return False
     found, wanted = read_hparams(folder), asdict(hp)
+    check_contents(folder, found["data_hash"], hp.data_hash, hp.data, "give another --out")
     for name, value in wanted.items():
-        if name != "length" and found[name] != value:  # length only puts the steps into words
+        # length only puts the steps into words
+        if name not in ("data_hash", "length") and found[name] != value:
             differs = f"{flag(name)} {found[name]} instead of {value}"
             raise UserError(f"{folder} holds a run with {differs}: give another --out")
     return bool(read_json(path).get("complete")) and (path.parent / WEIGHTS).exists()
+
+
+def check_contents(folder, trained_on, found, data, way_out):
+    """Raise UserError where a run was trained on other contents of the file `data` than it has now.
+
+    Both hashes may be empty: those of runs of before, and of data that have no file or lost it.
+    """
+    if trained_on and found and trained_on != found:
+        raise UserError(f"{folder}: {data} has changed since this run was trained on it: {way_out}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -362,7 +362,8 @@ def parse(argv):
     add("--out", type=Path, default=f"runs/{name}", metavar="DIR", help=out)
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     # No flags of these: `complete` computes them, or they are of language models alone.
-    no_flags = ("d_in", "biases", "steps", "length", "data", "model", "layer", "context")
+    no_flags = ("d_in", "biases", "steps", "length", "data", "data_hash")
+    no_flags += ("model", "layer", "context")
     parser.add_settings(no_flags, **settings, dead_after=5 * n_train)  # five passes without firing
     args = parser.parse_args(argv)
 

@@ -42,6 +42,7 @@ from sae import (
     Parser,
     Rows,
     UserError,
+    check_contents,
     first_line,
     is_complete,
     make_folder,
@@ -573,6 +574,7 @@ def open_run(run, device, data=None, n_trained=0):
     model, tokenizer = load_model(run.model, device, use_bfloat16(run.dtype, device))
     if data:
         return OpenRun(model, tokenizer, read_tokens(data, tokenizer, model))
+    check_data(run.folder, run.data)
     train_tokens, held_out_tokens = open_tokens(run.data, n_trained, run.context, model, tokenizer)
     tokens = train_tokens[:n_trained] if n_trained else held_out_tokens
     return OpenRun(model, tokenizer, tokens)
@@ -867,6 +869,29 @@ def is_rows(data):
         return np.load(path, mmap_mode="r", allow_pickle=False).ndim != 1
 
 
+def data_hash(data):
+    """What tells the contents of a data file apart: a hash of its size, first and last megabyte.
+
+    Empty where there is no such file, as for the pile.
+    """
+    path = Path(data)
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        ends = file.read(1_000_000)
+        file.seek(max(0, size - 1_000_000))
+        ends += file.read()
+    return hashlib.sha256(size.to_bytes(8, "big") + ends).hexdigest()[:16]
+
+
+def check_data(folder, data):
+    """Raise UserError where the file `data` has changed since the run in `folder` was trained."""
+    if (Path(folder) / "hparams.json").exists():
+        trained_on = read_hparams(folder)["data_hash"]
+        check_contents(folder, trained_on, data_hash(data), data, "give --data, or train again")
+
+
 def read_rows(data):
     """The tensor [N, d_in] in a .npy or .pt, as it is on disk. Raises UserError."""
     path = Path(data)
@@ -944,7 +969,7 @@ def append_range(url, file, n_bytes):
 def parse(argv):
     """The arguments, and the SAEs they ask for: {run folder: Hparams}. Raises UserError."""
     parser = Parser(description=__doc__)
-    parser.add_settings(("d_in", "steps", "length"), **STUDY)
+    parser.add_settings(("d_in", "data_hash", "steps", "length"), **STUDY)
     parser.add_argument(
         "--tokens",
         type=float,
@@ -976,11 +1001,13 @@ def parse(argv):
                 parser.error(f"--{name} {value}: {idle}")
     else:
         d_in = check_model(args)
+    contents = data_hash(args.data)
 
     def complete(settings, args):
         """The settings that follow from others: see `sweep`."""
         follow = {
             "d_in": d_in,
+            "data_hash": contents,
             "steps": int(args.tokens) // settings["batch_size"],
             "length": f"{args.tokens / 1e6:g}M tokens",
         }

@@ -21,6 +21,7 @@ import transformers
 from conftest import line, stop_at_checkpoint, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import evaluate
 import sae as sae_module
 import train_pythia
 from sae import ARCHS, SAE, Hparams, UserError
@@ -780,6 +781,26 @@ def test_own_activations_are_trained_on_without_a_language_model(acts, tmp_path,
     # As if from a notebook, on all but the last tenth
     direct = sae_module.train_sae(Hparams(**hp), sae_module.Rows(acts[:-40]), "cpu")
     assert torch.equal(direct.W_dec, SAE.load(by_npy).W_dec)
+
+
+def test_other_contents_under_the_name_of_a_data_file_are_noticed(acts, tmp_path):
+    path, out = tmp_path / "acts.npy", tmp_path / "runs"
+    train_pythia.main(row_flags(path, out))
+    evaluate.main(["quality", str(out), "--device", "cpu"])
+    np.save(path, acts.numpy()[::-1])
+    with pytest.raises(UserError, match=r"acts\.npy has changed since .* give another --out"):
+        train_pythia.main(row_flags(path, out))
+    with pytest.raises(UserError, match=r"acts\.npy has changed since .* give --data"):
+        evaluate.main(["quality", str(out), "--device", "cpu"])
+    evaluate.main(["quality", str(out), "--device", "cpu", "--data", str(path)])
+    np.save(path, acts.numpy())
+    train_pythia.main(row_flags(path, out))
+    # Runs of before do not say what they were trained on.
+    (folder,) = run_folders(out).values()
+    content = json.loads((folder / "hparams.json").read_text())
+    del content["hparams"]["data_hash"]
+    (folder / "hparams.json").write_text(json.dumps(content))
+    train_pythia.main(row_flags(path, out))
 
 
 def test_the_last_tenth_of_the_rows_is_held_out(acts, tmp_path):
