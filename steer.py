@@ -51,6 +51,7 @@ from sae import (
     write_json,
 )
 from train_pythia import (
+    Run,
     Stream,
     check_model,
     cut_contexts,
@@ -82,7 +83,7 @@ class Settings:
     temperature: float = 0.7  # 0: always the likeliest token
     top_p: float = 0.9
     steer_prompt: bool = False  # whether the prompt's positions are steered as well
-    seed: int = 0  # of the features chosen, the random draws and the control directions
+    seed: int = 0  # of the features chosen, the draws, the random directions, the order shown
 
 
 class Setup(NamedTuple):
@@ -106,11 +107,11 @@ class Text:
     text: str  # what was written after the prompt, up to an end of text
     act: float  # mean of the feature over the text's tokens, as the unsteered model reads it
     perplexity: float  # of the text, for the unsteered model
-    promoted: float  # share of the ten most promoted tokens that are in the text
+    promoted: float  # share of the ten tokens the direction raises most that the text contains
     echo: float | None = None  # act minus that of the original; None for an original
     ratings: dict = field(default_factory=dict)  # {judge: 1 to 5, or None for no usable answer}
     explanation: str | None = None  # of the feature, as in autointerp.json
-    autointerp_score: float | None = None
+    autointerp_score: float | None = None  # of the explanation, as in autointerp.json
     asked: bool = True  # whether autointerp.json has a row for the feature, explained or not
 
 
@@ -162,7 +163,8 @@ def control_vectors(features, seed, like):
 def sample(logits, uniform, temperature, top_p):
     """Next tokens [n] from logits [n, vocabulary], of the likeliest that together reach top_p.
 
-    By the inverse of the distribution function at uniform [n]: equal draws give equal tokens.
+    Inverts the distribution function at uniform [n], so equal logits and equal draws give the same
+    token.
     """
     if temperature == 0:
         return logits.argmax(1)
@@ -176,7 +178,7 @@ def sample(logits, uniform, temperature, top_p):
     return tokens.gather(1, chosen)[:, 0]
 
 
-def add(vectors, resid):
+def add_vectors(vectors, resid):
     """The residual stream with vectors added, in its own precision."""
     return (resid + vectors).to(resid.dtype)
 
@@ -189,19 +191,22 @@ def generate(model, layer, prompt, vectors, uniform, settings):
     prompt (with steer_prompt at all positions). So the first token that is written is not steered,
     and is that of the original. uniform [n, steps] are the random draws.
     """
+    # transformers 5.24 calls the cache "cache"; older versions call it past_key_values.
     takes_cache = "cache" in inspect.signature(model.forward).parameters
-    cache_name = "cache" if takes_cache else "past_key_values"  # the older name
+    cache_name = "cache" if takes_cache else "past_key_values"
     tokens = torch.tensor(prompt, device=vectors.device).expand(len(vectors), -1)
     first_steered = 0 if settings.steer_prompt else len(prompt)
     cache, n_cached = None, 0
     for step in range(uniform.shape[1]):
-        # Only what is not in the cache is read: the prompt, then a token at a time. Some recurrent
-        # models return no cache that could be given back: they read the whole text every time.
-        steered = torch.arange(n_cached, tokens.shape[1], device=tokens.device) >= first_steered
-        added = vectors[:, None] * steered[:, None]  # [n, positions read, d_in]
+        # Only what is not in the cache is read: first the prompt, then one token at a time. Some
+        # recurrent models return nothing under that name. They read the whole text at every step,
+        # and are not asked for a cache again.
+        positions = torch.arange(n_cached, tokens.shape[1], device=tokens.device)
+        is_steered = positions >= first_steered
+        added = vectors[:, None] * is_steered[:, None]  # [n, positions read, d_in]
         cached = {} if cache is None else {cache_name: cache}
         use_cache = step == 0 or cache is not None
-        with spliced(model, layer, partial(add, added)):
+        with spliced(model, layer, partial(add_vectors, added)):
             out = model(input_ids=tokens[:, n_cached:], use_cache=use_cache, **cached)
         cache = out.get(cache_name)
         n_cached = 0 if cache is None else tokens.shape[1]
@@ -227,7 +232,7 @@ def read_back(setup, prompt, tokens, features, ends):
     """Have the unsteered model read texts, tokens [n, steps], after the prompt.
 
     Returns the mean activation of each text's own feature, [n], and the text's perplexity, [n],
-    over the tokens before the first that ends it; of a text that ends at once, over that one.
+    over the tokens before the one that ends it. A text that ends at once is measured on that token.
     """
     seen = []
 
@@ -238,16 +243,16 @@ def read_back(setup, prompt, tokens, features, ends):
     beginning = torch.tensor(prompt, device=tokens.device).expand(len(tokens), -1)
     with spliced(setup.model, setup.layer, look):
         logits = setup.model(input_ids=torch.cat([beginning, tokens], 1), use_cache=False).logits
-    # What stands at a position is about the token after it: [n, steps, vocabulary].
+    # The logits at a position predict the next token: [n, steps, vocabulary].
     log_p = logits[:, len(prompt) - 1 : -1].float().log_softmax(2)
     loss = -log_p.gather(2, tokens[..., None])[..., 0]  # [n, steps]
     x = seen[0][:, len(prompt) :].flatten(0, 1).float()  # [n * steps, d_in]
     own = torch.tensor(features, device=x.device).repeat_interleave(tokens.shape[1])[:, None]
-    # All d_sae activations exist for a few thousand tokens at a time only.
+    # One activation of a TopK SAE needs all others of its token, [n * steps, d_sae]: in parts.
     parts = zip(x.split(4096), own.split(4096))
     acts = torch.cat([setup.sae.encode(part).gather(1, feature) for part, feature in parts])
     counted = before_end(tokens, ends)
-    counted[:, 0] = True
+    counted[:, 0] = True  # so that there is something to average where a text ends at once
     n_counted = counted.sum(1)
     mean_act = (acts.view(tokens.shape) * counted).sum(1) / n_counted
     perplexity = ((loss * counted).sum(1) / n_counted).exp()
@@ -270,9 +275,13 @@ def promoted_tokens(model, directions, k=10):
 # One run: every feature, prompt and strength
 
 
-def write_texts(setup, settings, features, prompt, kind, strength, vectors):
-    """Write and measure a text for each feature, along vectors [n, d_in]: a list of Text."""
+def write_texts(setup, settings, features, prompt, kind, strength, vectors, promoted):
+    """Write and measure a text for each feature, along vectors [n, d_in]: a list of Text.
+
+    promoted, n lists, are the promoted_tokens of the features' decoder directions.
+    """
     model, tokenizer = setup.model, setup.tokenizer
+    # No BOS token, since SAEs are trained without one (train_pythia.tokenise).
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     draws = []
     for feature in features:
@@ -283,10 +292,10 @@ def write_texts(setup, settings, features, prompt, kind, strength, vectors):
     ends = end_tokens(model, tokenizer)
     acts, perplexity = read_back(setup, prompt_ids, tokens, features, ends)
     written = before_end(tokens, ends)
-    promoted = promoted_tokens(model, setup.sae.W_dec[features]).tolist()
     texts = []
     for i, feature in enumerate(features):
         ids = tokens[i][written[i]].tolist()
+        # The text after the prompt, with the space before it.
         _, text = decode_parts(tokenizer, [prompt_ids, ids])
         share = np.mean([token in ids for token in promoted[i]])
         measures = {"act": acts[i].item(), "perplexity": perplexity[i].item()}
@@ -303,15 +312,20 @@ def steer_run(setup, features, settings, batch_size=256, progress=None):
     texts = []
     for start in range(0, len(features), batch_size):
         batch = features[start : start + batch_size]
+        nothing = torch.zeros_like(sae.W_dec[batch])
+        promoted = promoted_tokens(setup.model, sae.W_dec[batch]).tolist()
         for prompt in settings.prompts:
-            nothing = torch.zeros_like(sae.W_dec[batch])
-            originals = write_texts(setup, settings, batch, prompt, "original", 0.0, nothing)
+            originals = write_texts(
+                setup, settings, batch, prompt, "original", 0.0, nothing, promoted
+            )
             texts += originals
             for strength in settings.strength:
                 steered = steering_vectors(sae, batch, settings.mode, strength, setup.rms)
                 control = control_vectors(batch, settings.seed, like=steered)
                 for kind, vectors in (("steered", steered), ("control", control)):
-                    some = write_texts(setup, settings, batch, prompt, kind, strength, vectors)
+                    some = write_texts(
+                        setup, settings, batch, prompt, kind, strength, vectors, promoted
+                    )
                     for text, original in zip(some, originals):
                         text.echo = text.act - original.act
                     texts += some
@@ -364,21 +378,20 @@ def parse_swapped_rating(reply):
 
 def rating_question(text, original, swap):
     """The prompt about a text and its original, which is text A unless swapped; and its parser."""
-    explanation, a, b = (
-        json.dumps(string, ensure_ascii=False)
-        for string in (text.explanation, original.prompt + original.text, text.prompt + text.text)
-    )
+    quote = partial(json.dumps, ensure_ascii=False)
+    a, b = quote(original.prompt + original.text), quote(text.prompt + text.text)
     if swap:
-        prompt = RATE.format(explanation=explanation, fence=evaluate.FENCE, a=b, b=a)
-        return prompt, parse_swapped_rating
-    return RATE.format(explanation=explanation, fence=evaluate.FENCE, a=a, b=b), parse_rating
+        a, b = b, a
+    prompt = RATE.format(explanation=quote(text.explanation), fence=evaluate.FENCE, a=a, b=b)
+    return prompt, parse_swapped_rating if swap else parse_rating
 
 
 def rate(texts, judges, seed, fixed_order=False, concurrency=16):
     """Have every judge rate all steered and control texts whose feature has an explanation.
 
-    The order of two texts is drawn from the text alone, so that the same command, or one for more
-    features, asks the same questions, whose answers a Judge remembers.
+    Which of the two texts comes first depends on the seed and on which text it is, and not on what
+    else is rated. So the same command, or one for more features, asks the same questions, whose
+    answers a Judge remembers.
     """
     originals = {(text.feature, text.prompt): text for text in texts if text.kind == "original"}
     rated = [text for text in texts if text.kind != "original" and text.explanation]
@@ -389,12 +402,13 @@ def rate(texts, judges, seed, fixed_order=False, concurrency=16):
         questions.append(rating_question(text, originals[text.feature, text.prompt], swap))
     for judge in judges:
         answers = evaluate.ask_all(judge, questions, f"rating by {judge.model}", concurrency)
-        for text, (rating, _) in zip(rated, answers):
-            text.ratings[judge.model] = rating
+        for text, answer in zip(rated, answers):
+            text.ratings[judge.model] = answer.value
 
 
 # --------------------------------------------------------------------------------------------------
-# Compare. An outcome is a function of a text: 1.0, 0.0, or None where nobody rated it.
+# Compare. An outcome is a function of a text: 1.0, 0.0, or None where nobody rated it. The names of
+# these functions are in the keys of steering.json and in the head of the table.
 
 
 def success(text):
@@ -462,12 +476,12 @@ def resampled_means(values, generator):
     return np.array(means)
 
 
-def with_interval(values):
-    """The first of values, a figure, and the middle 95% of the others, its resampled values.
+def with_interval(value, resampled):
+    """A figure, and the middle 95% of its resampled values, of those that are defined.
 
     None stands for what is infinite or undefined, which a JSON file cannot hold.
     """
-    value, resampled = values[0], np.sort(values[1:][~np.isnan(values[1:])])
+    resampled = np.sort(resampled[~np.isnan(resampled)])
     low, high = np.nan, np.nan
     if len(resampled):
         tail = int(0.025 * len(resampled))
@@ -487,16 +501,16 @@ def rates_by_feature(texts, outcome):
     pairs = beside_control(texts, outcome)
     if len(pairs) == 0:
         return None
-    means = resampled_means(pairs, np.random.default_rng(0))
-    steered, control = np.array([pairs.mean(0), *means]).T  # the figures, and then resampled
+    steered, control = pairs.mean(0)
+    some_steered, some_control = resampled_means(pairs, np.random.default_rng(0)).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = steered / control
+        ratio = with_interval(steered / control, some_steered / some_control)
     return {
         "features": len(pairs),
-        "steered": with_interval(steered),
-        "control": with_interval(control),
-        "difference": with_interval(steered - control),
-        "ratio": with_interval(ratio),
+        "steered": with_interval(steered, some_steered),
+        "control": with_interval(control, some_control),
+        "difference": with_interval(steered - control, some_steered - some_control),
+        "ratio": ratio,
     }
 
 
@@ -527,25 +541,26 @@ def compare_by_feature(a, b, outcome):
     a, {"value", "interval"}, with a bootstrap interval for which features of both are resampled,
     independently; permutation_p: see permutation_test.
     """
-    means_a, means_b = (
-        np.array(list(by_feature(texts, "steered", outcome).values())) for texts in (a, b)
-    )
+    means_a = np.array(list(by_feature(a, "steered", outcome).values()))
+    means_b = np.array(list(by_feature(b, "steered", outcome).values()))
+    rate_a, rate_b = means_a.mean(), means_b.mean()
     generator = np.random.default_rng(0)
-    some_a, some_b = (resampled_means(means, generator) for means in (means_a, means_b))
+    some_a, some_b = resampled_means(means_a, generator), resampled_means(means_b, generator)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.array([means_b.mean(), *some_b]) / np.array([means_a.mean(), *some_a])
+        ratio = with_interval(rate_b / rate_a, some_b / some_a)
     return {
-        "rates": [float(means_a.mean()), float(means_b.mean())],
+        "rates": [float(rate_a), float(rate_b)],
         "features": [len(means_a), len(means_b)],
-        "ratio": with_interval(ratio),
+        "ratio": ratio,
         "permutation_p": permutation_test(means_a, means_b),
     }
 
 
 def line_through(x, y):
-    """Correlation and regression of y over x, two lists; None where either does not vary.
+    """Correlation and regression of y over x, two lists.
 
-    r with its p and 95% interval, the slope and its standard error, n.
+    n; r, its p and 95% interval; the slope and its standard error. None where either does not vary,
+    and for fewer than four points, which leave r no interval.
     """
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -564,8 +579,9 @@ def line_through(x, y):
 def correlation(texts, outcome):
     """Do auto-interp scores predict the outcome of steered texts? None where either is constant.
 
-    by_text: line_through over texts, where r is the study's point-biserial correlation; spearman,
-    of ranks, likewise; by_feature: line_through over features, with the mean outcome of each.
+    by_text     line_through over texts, where r is the study's point-biserial correlation
+    spearman    r and p of ranks, over texts
+    by_feature  line_through over features, with the mean outcome of each
     """
     texts = [text for text in texts if text.kind == "steered" and outcome(text) is not None]
     texts = [text for text in texts if text.autointerp_score is not None]
@@ -669,10 +685,11 @@ def squared_differences(values):
 
 
 def krippendorff_alpha(units):
-    """Agreement of judges, interval scale: `units` is a list of the ratings that each text has.
+    """Agreement of judges on an interval scale (Krippendorff 2011).
 
-    1 - (observed disagreement) / (that of ratings paired at random). A text with one rating says
-    nothing. None where no text has two, or where all ratings are equal.
+    `units` is a list of the ratings that each text has. Alpha is 1 - (observed disagreement) /
+    (that of ratings paired at random). A text with one rating says nothing. None where no text has
+    two, or where all ratings are equal.
     """
     units = [np.array(unit, dtype=float) for unit in units if len(unit) > 1]
     if not units:
@@ -805,7 +822,7 @@ def plot_rates(results, outcome):
                 if found is None:
                     continue
                 rate, (low, high) = found[kind]["value"], found[kind]["interval"]
-                x.append(strengths.index(entry["strength"]) + 0.06 * number)
+                x.append(strengths.index(entry["strength"]) + 0.06 * number)  # side by side
                 rates.append(rate)
                 below.append(rate - low)
                 above.append(high - rate)
@@ -840,23 +857,28 @@ def plot_scores(results, outcome):
     """
     figure = evaluate.new_figure(4)
     left, right = figure.subplots(1, 2)
-    edges = [*SCORE_BINS.values(), 1.0]
     for number, result in enumerate(results):
-        texts = [text for text in result.texts if text.autointerp_score is not None]
-        texts = [text for text in texts if text.kind == "steered"]
-        texts = [text for text in texts if text.strength == result.summary[0]["strength"]]
+        strength = result.summary[0]["strength"]
+        texts = [
+            text
+            for text in result.texts
+            if text.kind == "steered"
+            and text.strength == strength
+            and text.autointerp_score is not None
+        ]
         scores = {text.feature: text.autointerp_score for text in texts}
         fourteenths = (np.arange(16) - 0.5) / 14  # by the default protocol a score is a share of 14
         style = {"histtype": "step", "color": f"C{number}", "label": result.label}
         left.hist(list(scores.values()), fourteenths, **style)
-        bins = np.searchsorted(edges[1:-1], [text.autointerp_score for text in texts], "right")
+        lower_ends = list(SCORE_BINS.values())[1:]
+        bins = np.searchsorted(lower_ends, [text.autointerp_score for text in texts], "right")
         for place in range(len(SCORE_BINS)):
             here = [text for text, of_text in zip(texts, bins) if of_text == place]
             found = rate_with_interval(outcomes(here, "steered", outcome))
             if found["n"]:
                 rate, (low, high) = found["rate"], found["interval"]
                 error = [[rate - low], [high - rate]]
-                x = place + 0.1 * number
+                x = place + 0.1 * number  # side by side
                 right.errorbar(x, rate, error, fmt="o", color=f"C{number}", capsize=2)
     left.set(xlabel="auto-interp score", ylabel="features")
     right.set(xlabel="auto-interp score", ylabel=OUTCOME_TITLES[outcome], ylim=(0, None))
@@ -879,7 +901,7 @@ def sentence(comparison):
         p = p_in_words(over_control["permutation_p"])
         lines.append(f"beyond random directions: {a:.3f} against {b:.3f}{p}")
     if of_all:
-        lines.append(rates_in_words("all features, no explanation being a failure", of_all))
+        lines.append(rates_in_words("all features, unexplained ones as failures", of_all))
     return "\n".join(lines)
 
 
@@ -950,7 +972,7 @@ def read_explanations(folder, d_sae):
 class Job(NamedTuple):
     """A run to be steered."""
 
-    run: object  # as of read_run
+    run: Run
     sae: SAE
     explanations: dict  # {feature: row of autointerp.json}
     features: list
@@ -1018,8 +1040,8 @@ def check_lengths(setup, settings):
         if n_prompt == 0:
             raise UserError(f"--prompts {prompt!r}: give some text to go on from")
         if limit and n_prompt + settings.new_tokens > limit:
-            way_out = f"the model reads {limit} tokens, {n_prompt} of them the prompt's: give less"
-            raise UserError(f"--new-tokens {settings.new_tokens}: {way_out}")
+            reason = f"with the prompt's {n_prompt} these are more than the {limit} tokens that the"
+            raise UserError(f"--new-tokens {settings.new_tokens}: {reason} model reads: give less")
 
 
 def are_the_same(settings, found):
@@ -1040,7 +1062,7 @@ def read_earlier(path, settings):
     return {"settings": settings, "judging": None, "rows": []}
 
 
-def explain(texts, explanations):
+def enter_explanations(texts, explanations):
     """Enter what autointerp.json, {feature: row}, says of the features of texts.
 
     A rating is about an explanation: where that is another one now, the text's ratings go. Texts of
@@ -1055,10 +1077,9 @@ def explain(texts, explanations):
             text.ratings = {}
             n_changed += 1
         text.explanation, text.autointerp_score = row["explanation"], row["score"]
+        text.asked = True
     if n_changed:
-        print(
-            f"note: {n_changed} texts have another explanation now: their old ratings are dropped"
-        )
+        print(f"note: {n_changed} texts have another explanation now: their ratings are dropped")
 
 
 def write_steering(path, content, texts, features):
@@ -1081,11 +1102,11 @@ def write_steering(path, content, texts, features):
 def open_judges(args, cache):
     """A Judge for each of --judge, at its own --base-url or at the one they share."""
     judges = []
-    addresses = itertools.cycle(zip(args.base_url, args.api_key_env))
-    for name, (url, variable) in zip(args.judge, addresses):
-        key = os.environ.get(variable, "")
-        judge = evaluate.Judge(url, name, cache, key, args.judge_options, args.concurrency)
-        judges.append(judge)
+    for number, name in enumerate(args.judge):
+        place = number % len(args.base_url)  # one address may serve them all
+        url = args.base_url[place]
+        key = os.environ.get(args.api_key_env[place], "")
+        judges.append(evaluate.Judge(url, name, cache, key, args.judge_options, args.concurrency))
     return judges
 
 
@@ -1108,12 +1129,10 @@ def steer_and_rate(job, label, settings, args, device):
         "sae": evaluate.fingerprint(folder),
     }
     earlier = read_earlier(path, made_with)
-    texts = []
-    for row in earlier["rows"] + earlier.get("other_rows", []):
-        # Older files do not say what was asked.
-        asked = row.get("asked", row["feature"] in job.explanations)
-        texts.append(Text(**{**row, "asked": asked}))
-    explain(texts, job.explanations)
+    rows = earlier["rows"] + earlier.get("other_rows", [])
+    # Older files do not say for which features an explanation was asked.
+    texts = [Text(**{"asked": row["feature"] in job.explanations, **row}) for row in rows]
+    enter_explanations(texts, job.explanations)
     content = {"settings": made_with, "judging": earlier["judging"]}
 
     there = {text.feature for text in texts}
@@ -1125,7 +1144,7 @@ def steer_and_rate(job, label, settings, args, device):
             written = steer_run(setup, batch, settings, args.batch_size, progress)
             for text in written:
                 text.asked = text.feature in job.explanations
-            explain(written, job.explanations)
+            enter_explanations(written, job.explanations)
             texts += written
             # Should the command be interrupted from here on, or a judge fail, this is not lost.
             write_steering(path, content, texts, job.features)
@@ -1158,8 +1177,8 @@ def parse(argv):
         metavar="RUN",
         help="folders of SAEs of language models, or of such folders",
     )
-    strength = "of steering (default 5, with --mode rms 0.6)"
-    add("--strength", nargs="+", type=float, help=strength)
+    text = "of steering (default 5, with --mode rms 0.6)"
+    add("--strength", nargs="+", type=float, help=text)
     add(
         "--mode",
         choices=("fixed", "rms", "preact"),
@@ -1168,26 +1187,27 @@ def parse(argv):
         "units of the residual stream's root mean square norm (rms); or what it adds to the "
         "feature's own pre-activation (preact)",
     )
-    features = "how many features: the first of --features, else at random among those of "
-    features += "autointerp.json or, without one, those alive (default 300)"
-    add("--n", type=at_least(1), default=300, help=features)
-    features = "which features: numbers, or a JSON file of evaluate.py seeds"
-    add("--features", nargs="+", help=features)
+    text = "how many features: the first of --features, else at random among those of "
+    text += "autointerp.json or, without one, those alive (default 300)"
+    add("--n", type=at_least(1), default=300, help=text)
+    text = "which features: numbers, or a JSON file of evaluate.py seeds"
+    add("--features", nargs="+", help=text)
     add("--prompts", nargs="+", default=study.prompts, help="beginnings, to be continued")
-    length = "tokens of a text (default 30)"
-    add("--new-tokens", type=at_least(1), default=study.new_tokens, help=length)
-    temperature = "of sampling (default 0.7); 0: always the likeliest token"
-    add("--temperature", type=at_least(0, float), default=study.temperature, help=temperature)
-    top_p = "sample among the likeliest tokens that together have this probability (default 0.9)"
-    add("--top-p", type=at_least(1e-9, float, 1), default=study.top_p, help=top_p)
+    text = "tokens of a text (default 30)"
+    add("--new-tokens", type=at_least(1), default=study.new_tokens, help=text)
+    text = "of sampling (default 0.7); 0: always the likeliest token"
+    add("--temperature", type=at_least(0, float), default=study.temperature, help=text)
+    text = "sample among the likeliest tokens that together have this probability (default 0.9)"
+    add("--top-p", type=at_least(1e-9, float, 1), default=study.top_p, help=text)
     add("--steer-prompt", action="store_true", help="steer at the prompt's positions, too")
-    seed = "of the features, the random draws and the random directions (default 0)"
-    add("--seed", type=at_least(0), default=study.seed, help=seed)
-    data = "text to measure the residual stream's norm on (--mode rms), if not the run's own"
-    add("--data", metavar="FILE", help=data)
+    text = "of the features, the draws, the random directions, the order shown (default 0)"
+    add("--seed", type=at_least(0), default=study.seed, help=text)
+    text = "text to measure the residual stream's norm on (--mode rms), if not the run's own"
+    add("--data", metavar="FILE", help=text)
     evaluate.add_judge_flags(add, several="+")
     add("--fixed-order", action="store_true", help="always show judges the original first")
-    add("--batch-size", type=at_least(1), default=256, help="texts written together (default 256)")
+    text = "features steered together, whose texts are then kept (default 256)"
+    add("--batch-size", type=at_least(1), default=256, help=text)
     add("--out", default="steering", metavar="DIR", help="for the comparison (default steering)")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)

@@ -355,10 +355,8 @@ def test_strength_zero_changes_nothing_at_all():
 def test_the_share_of_promoted_tokens_is_of_those_in_the_text(monkeypatch):
     written = torch.tensor([[1, 2, 96, 5]])
     monkeypatch.setattr(steer, "generate", lambda *_: written)
-    monkeypatch.setattr(steer, "promoted_tokens", lambda *_: torch.tensor([[5, 2, 1, 50, 60]]))
-    zero = torch.zeros(1, 16)
-    write = (tiny_setup(), Settings(new_tokens=4), [3], "I", "steered", 1.0, zero)
-    (text,) = steer.write_texts(*write)
+    write = (tiny_setup(), Settings(new_tokens=4), [3], "I", "steered", 1.0, torch.zeros(1, 16))
+    (text,) = steer.write_texts(*write, promoted=[[5, 2, 1, 50, 60]])
     assert text.promoted == pytest.approx(2 / 5)
     assert text.text == chr(33) + chr(34)
 
@@ -369,7 +367,7 @@ def test_a_text_ends_at_any_of_the_models_end_tokens(monkeypatch):
     monkeypatch.setattr(steer, "generate", lambda *_: written)
     write = (Settings(new_tokens=4), [3, 4, 5], "I", "steered", 1.0, torch.zeros(3, 16))
     setup.model.generation_config.eos_token_id = [96, 50]
-    texts = steer.write_texts(setup, *write)
+    texts = steer.write_texts(setup, *write, promoted=[[1]] * 3)
     assert [len(text.text) for text in texts] == [2, 0, 4]
 
 
@@ -383,7 +381,7 @@ def test_no_space_is_lost_between_the_prompt_and_its_continuation(monkeypatch):
     setup = Setup(tiny_model(), fast, LAYER, tiny_sae())
     monkeypatch.setattr(steer, "generate", lambda *_: torch.tensor([[3, 4, 5]]))
     write = (setup, Settings(new_tokens=3), [3], "I think that", "original", 0.0)
-    (text,) = steer.write_texts(*write, torch.zeros(1, 16))
+    (text,) = steer.write_texts(*write, torch.zeros(1, 16), promoted=[[1]])
     assert text.prompt + text.text == "I think that the kings"
 
 
@@ -612,13 +610,10 @@ def test_rates_by_feature_have_the_intervals_of_the_theory():
 
 def test_an_interval_is_the_middle_95_percent_of_the_resampled_values():
     resampled = np.random.default_rng(0).permutation(1000).astype(float)
-    found = steer.with_interval(np.array([7.0, *resampled, np.nan, np.nan]))
+    found = steer.with_interval(7.0, np.array([*resampled, np.nan, np.nan]))
     assert found == {"value": 7, "interval": [25, 974]}
     resampled[resampled > 900] = np.inf
-    assert steer.with_interval(np.array([np.nan, *resampled])) == {
-        "value": None,
-        "interval": [25, None],
-    }
+    assert steer.with_interval(np.nan, resampled) == {"value": None, "interval": [25, None]}
 
 
 def test_texts_of_a_feature_that_end_alike_make_its_interval_no_smaller():
@@ -1004,6 +999,8 @@ def test_ratings_stay_until_the_same_judge_rates_again_or_the_explanation_is_ano
         return {row["feature"]: row["ratings"] for row in rows}
 
     features = ("--features", 3, 5, "--base-url", chat.url)
+    command(runs[:1], tmp_path / "report", *features)
+    assert not any(row["asked"] for row in result_of(runs[0])["rows"])
     explain(runs[0], [3, 5])
     chat.answer = lambda prompt: "ANSWER: 3"
     command(runs[:1], tmp_path / "report", *features, "--judge", "one", "--fixed-order")
@@ -1014,6 +1011,7 @@ def test_ratings_stay_until_the_same_judge_rates_again_or_the_explanation_is_ano
     assert ratings() == {3: {"one": 3, "two": 3}, 5: {"one": 3, "two": 3}}
     assert "ratings by one are there from before" in capsys.readouterr().out
     command(runs[:1], tmp_path / "report", "--features", 3)
+    assert all(row["asked"] for row in result_of(runs[0])["rows"])
     (runs[0] / "autointerp.json").unlink()
     command(runs[:1], tmp_path / "report", *features)
     assert set(ratings()) == {3, 5}
