@@ -424,6 +424,7 @@ class Hparams:
     l2: float = setting(0.0, "penalties", "weight of the sum of W^2; the study 1e-4, MNIST 1e-5")
     l1_mean: float = setting(0.0, "penalties", "weight of the mean |W|; the study, MNIST: 1e-3")
     l2_norm: float = setting(0.0, "penalties", "weight of the norm |W|; its MNIST notebook: 1e-5")
+    penalty_from: float = setting(0.0, "penalties", "share of steps from which they act", high=1)
     tied_init: bool = setting(True, "SAE", "start with unit decoder rows, encoder as transpose")
     unit_norm: bool = setting(False, "SAE", "keep decoder rows at norm 1")
     biases: bool = setting(True, "SAE", "train b_enc and b_dec, else both stay 0")
@@ -510,6 +511,11 @@ class Trainer:
             sae.b_dec.data.copy_(geometric_median(x.cpu()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(hp, self.step)
+
+        # Penalties need not act all the time: on language models the last fifth of training is
+        # better (--penalty-from 0.8). This is not in the paper.
+        if self.step / hp.steps < hp.penalty_from:
+            hp = replace(hp, **dict.fromkeys(PENALTIES, 0.0))
 
         # The loss. Weights stay in float32, while products may be of bfloat16 numbers.
         dead = self.inputs_since_fired >= hp.dead_after if self.any_dead else None

@@ -447,6 +447,18 @@ def test_every_penalty_is_a_setting_and_of_zero_weights_has_finite_gradients(nam
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_late_penalty_leaves_the_steps_before_it_as_they_are_without_one(name):
+    hp = small(steps=40, **{name: 1e-2}, penalty_from=0.75)
+    late, never = Trainer(hp), Trainer(small(steps=40))
+    always = Trainer(replace(hp, penalty_from=0))
+    for step in range(31):
+        for trainer in (late, never, always):
+            trainer.train_step(data(seed=step))
+        assert torch.equal(late.sae.W_dec, never.sae.W_dec) == (step < 30)
+    assert not torch.equal(late.sae.W_dec, always.sae.W_dec)
+
+
 # --------------------------------------------------------------------------------------------------
 # Initialisation and constraints
 
