@@ -1053,7 +1053,7 @@ def read_earlier(path, settings):
     """The steering.json of an earlier command with the same settings; where none is, an empty one.
 
     So a command that was interrupted, or is repeated for more features, does not write again what
-    is there, and what was rated stays rated.
+    is there.
     """
     if path.exists():
         found = read_json(path)
@@ -1082,21 +1082,15 @@ def enter_explanations(texts, explanations):
         print(f"note: {n_changed} texts have another explanation now: their ratings are dropped")
 
 
-def write_steering(path, content, texts, features):
-    """Write steering.json: `content`, and the texts of `features` apart from those of others.
-
-    One of other settings, which stands in its place, is renamed first.
-    """
+def write_steering(path, content):
+    """Write steering.json. One of other settings that stands in its place is renamed first."""
     if path.exists() and not are_the_same(content["settings"], read_json(path).get("settings", {})):
         number = 1
         while path.with_name(f"steering_{number}.json").exists():
             number += 1
         kept = path.rename(path.with_name(f"steering_{number}.json"))
         tqdm.write(f"note: {path} was of other settings: it is kept as {kept.name}")
-    texts = sorted(texts, key=lambda text: text.feature)
-    rows = [asdict(text) for text in texts if text.feature in features]
-    others = [asdict(text) for text in texts if text.feature not in features]
-    write_json(path, {**content, "rows": rows, "other_rows": others})
+    write_json(path, content)
 
 
 def open_judges(args, cache):
@@ -1114,8 +1108,7 @@ def steer_and_rate(job, label, settings, args, device):
     """Write, measure and rate the texts of a run: its Result, and steering.json. Raises UserError.
 
     steering.json: {"settings": what decides the texts, "judging": how judges were last asked,
-    "summary": of `summarise`, "rows": of Text, "other_rows": of features that are in the file from
-    an earlier command and do not count in this one's summary}.
+    "summary": of `summarise`, "rows": of Text}.
     """
     folder = job.run.folder
     path = folder / "steering.json"
@@ -1129,9 +1122,12 @@ def steer_and_rate(job, label, settings, args, device):
         "sae": evaluate.fingerprint(folder),
     }
     earlier = read_earlier(path, made_with)
-    rows = earlier["rows"] + earlier.get("other_rows", [])
     # Older files do not say for which features an explanation was asked.
-    texts = [Text(**{"asked": row["feature"] in job.explanations, **row}) for row in rows]
+    texts = [
+        Text(**{"asked": row["feature"] in job.explanations, **row})
+        for row in earlier["rows"]
+        if row["feature"] in job.features
+    ]
     enter_explanations(texts, job.explanations)
     content = {"settings": made_with, "judging": earlier["judging"]}
 
@@ -1145,22 +1141,19 @@ def steer_and_rate(job, label, settings, args, device):
             for text in written:
                 text.asked = text.feature in job.explanations
             enter_explanations(written, job.explanations)
-            texts += written
+            texts = sorted(texts + written, key=lambda text: text.feature)
             # Should the command be interrupted from here on, or a judge fail, this is not lost.
-            write_steering(path, content, texts, job.features)
+            write_steering(path, {**content, "rows": [asdict(text) for text in texts]})
 
-    chosen = [text for text in texts if text.feature in job.features]
-    chosen.sort(key=lambda text: text.feature)
     judges = open_judges(args, folder / "answers.jsonl")
-    rate(chosen, judges, settings.seed, args.fixed_order, args.concurrency)
     if judges:
         content["judging"] = {"options": args.judge_options, "fixed_order": args.fixed_order}
-        others = {name for text in chosen for name in text.ratings} - set(args.judge)
-        if others:
-            print(f"note: ratings by {', '.join(sorted(others))} are there from before, and count")
-    content["summary"] = summarise(chosen)
-    write_steering(path, content, texts, job.features)
-    return Result(label, chosen, content["summary"])
+        for text in texts:  # what these judges have answered before is in answers.jsonl
+            text.ratings = {}
+        rate(texts, judges, settings.seed, args.fixed_order, args.concurrency)
+    content["summary"] = summarise(texts)
+    write_steering(path, {**content, "rows": [asdict(text) for text in texts]})
+    return Result(label, texts, content["summary"])
 
 
 # --------------------------------------------------------------------------------------------------
