@@ -123,7 +123,7 @@ def test_what_is_said_of_two_seeds_together_is_what_the_answers_say():
     a, b, p, ratio, (low, high) = of_seeds(pairs, steer.success_of_all)
     assert (round(a, 2), round(b, 2), round(p, 2), round(ratio, 1)) == (0.16, 0.2, 0.02, 1.3)
     assert abs(low - 1.04) < 0.03 and abs(high - 1.67) < 0.03
-    assert "20% of the steered texts" in OF_CLAIM_3 and "16% (two seeds" in OF_CLAIM_3
+    assert "20.4% of the steered texts" in OF_CLAIM_3 and "15.6% (two seeds" in OF_CLAIM_3
     assert "The ratio is 1.3 (1.04 to 1.67)" in OF_CLAIM_3
     a, b, p, ratio, (low, high) = of_seeds(pairs, steer.success)
     assert (round(a, 2), round(b, 2), round(p, 3), round(ratio, 1)) == (0.16, 0.23, 0.002, 1.4)
