@@ -513,7 +513,7 @@ class Trainer:
             group["lr"] = learning_rate(hp, self.step)
 
         # Penalties need not act all the time: on language models the last fifth of training is
-        # better (--penalty-from 0.8). This is not in the paper.
+        # enough, and more features stay alive (--penalty-from 0.8). This is not in the paper.
         if self.step / hp.steps < hp.penalty_from:
             hp = replace(hp, **dict.fromkeys(PENALTIES, 0.0))
 
