@@ -828,8 +828,8 @@ def prepare(hparams, source, device):
     for hp in hparams:
         n_inputs = hp.steps * hp.batch_size
         if applies("aux", hp.arch) and hp.aux and hp.dead_after >= n_inputs:
-            print(f"note: no latent can be unfired for --dead-after {hp.dead_after:,} of the")
-            print(f"{n_inputs:,} inputs of this run, so the auxiliary loss will revive none")
+            never = f"--dead-after {hp.dead_after:,} is not reached within {n_inputs:,} inputs"
+            print(f"note: {never}, so the auxiliary loss will revive no latents")
             break
     return pick_device(device)
 

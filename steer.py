@@ -112,7 +112,7 @@ class Text:
     ratings: dict = field(default_factory=dict)  # {judge: 1 to 5, or None for no usable answer}
     explanation: str | None = None  # of the feature, as in autointerp.json
     autointerp_score: float | None = None  # of the explanation, as in autointerp.json
-    asked: bool = True  # whether autointerp.json has a row for the feature, explained or not
+    asked: bool = False  # whether autointerp.json has a row for the feature, explained or not
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1122,12 +1122,7 @@ def steer_and_rate(job, label, settings, args, device):
         "sae": evaluate.fingerprint(folder),
     }
     earlier = read_earlier(path, made_with)
-    # Older files do not say for which features an explanation was asked.
-    texts = [
-        Text(**{"asked": row["feature"] in job.explanations, **row})
-        for row in earlier["rows"]
-        if row["feature"] in job.features
-    ]
+    texts = [Text(**row) for row in earlier["rows"] if row["feature"] in job.features]
     enter_explanations(texts, job.explanations)
     content = {"settings": made_with, "judging": earlier["judging"]}
 
@@ -1138,8 +1133,6 @@ def steer_and_rate(job, label, settings, args, device):
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             written = steer_run(setup, batch, settings, args.batch_size, progress)
-            for text in written:
-                text.asked = text.feature in job.explanations
             enter_explanations(written, job.explanations)
             texts = sorted(texts + written, key=lambda text: text.feature)
             # Should the command be interrupted from here on, or a judge fail, this is not lost.

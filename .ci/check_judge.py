@@ -34,6 +34,7 @@ def texts_of(setting, strength):
     for row in kept["texts"]:
         feature = explained[row["feature"]]
         about = {"explanation": feature["explanation"], "autointerp_score": feature["score"]}
+        about["asked"] = True
         if row["feature"] in steered and row["strength"] in (0, strength):
             texts.append(steer.Text(**row, **about))
     return texts

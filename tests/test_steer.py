@@ -420,7 +420,12 @@ def test_a_rating_is_one_number_from_1_to_5_and_nothing_is_guessed(reply, rating
 
 def text_of(feature=0, kind="steered", **others):
     """A Text in which only what is said matters."""
-    filled = {"prompt": "a", "strength": 0.0 if kind == "original" else 5.0, "text": ""}
+    filled = {
+        "prompt": "a",
+        "strength": 0.0 if kind == "original" else 5.0,
+        "text": "",
+        "asked": True,
+    }
     filled = {**filled, "act": 0.0, "perplexity": 10.0, "promoted": 0.0, "echo": 0.0, **others}
     return Text(feature, kind=kind, **filled)
 
